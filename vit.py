@@ -1,0 +1,226 @@
+"""A small Vision Transformer, and the table of position encodings by name.
+
+The model is the usual one (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, LayerScale,
+stochastic depth. Parameters have timm's names, so that a timm ViT's state dict loads as it is; what is computed without
+an encoding is timm's, too.
+
+A rotary encoding turns q and k inside each attention and is told where the tokens are. The grid of patches of a
+training image spans [-pi, pi] on each axis, end points included; the class token sits at 0, where every rotation is the
+identity. An image of another size keeps its patches: a side of P, P0 in training, spans [-(P / P0) pi, (P / P0) pi].
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rope_axial import AxialRoPE
+from rope_spherical import SphericalRoPE
+
+# Called with head_dim and num_heads, once for each layer. "none" and "ape" leave q and k alone.
+ENCODINGS = {
+    "none": None,
+    "ape": None,
+    "axial": AxialRoPE,
+    "axial-learned": partial(AxialRoPE, learned=True),
+    "uniform": partial(AxialRoPE, uniform=True),
+    "spherical": SphericalRoPE,
+    "spherical-learned": partial(SphericalRoPE, learned=True),
+}
+
+
+class ViT(nn.Module):
+    """A Vision Transformer of width num_heads * head_dim. The defaults are ViT-S for CIFAR-100.
+
+    pe            a name in ENCODINGS; pe_options go to that encoding's constructor
+    img_size      side of the training images in pixels; forward takes any sides that are multiples of patch_size
+    pool          "cls": the head reads the class token; "mean": the mean of all patches, and there is no class token
+    dropout       after the position embedding, the attention's projection and both layers of the MLP
+    drop_path     stochastic depth: the last block's chance to be skipped, growing linearly from 0 in the first
+    layer_scale   initial value of LayerScale's gammas, None for no LayerScale
+    """
+
+    def __init__(
+        self,
+        pe="spherical",
+        *,
+        img_size=32,
+        patch_size=4,
+        num_classes=100,
+        depth=12,
+        num_heads=6,
+        head_dim=60,
+        pool="cls",
+        mlp_ratio=4,
+        dropout=0.0,
+        drop_path=0.0,
+        layer_scale=None,
+        **pe_options,
+    ):
+        super().__init__()
+        if pe not in ENCODINGS:
+            raise ValueError(f"pe must be one of {', '.join(ENCODINGS)}, got {pe!r}")
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
+        if img_size % patch_size:
+            raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
+        dim, self.grid = num_heads * head_dim, img_size // patch_size
+        self.patch_embed = PatchEmbed(dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, dim)) if pe == "ape" else None
+        self.pos_drop = nn.Dropout(dropout)
+        make_rope = ENCODINGS[pe]
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads,
+                make_rope and make_rope(head_dim, num_heads, **pe_options),
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+                layer_scale=layer_scale,
+            )
+            for i in range(depth)
+        )
+        # timm's two names: a class token is read after the norm, a mean is normed after it is taken
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(dim, num_classes)
+        self.apply(init_weights)
+        for p in filter(lambda p: p is not None, (self.cls_token, self.pos_embed)):
+            nn.init.trunc_normal_(p, std=0.02)
+
+    @property
+    def prefix(self):
+        """Tokens in front of the patches: 1 with a class token, else 0."""
+        return 0 if self.cls_token is None else 1
+
+    def positions(self, height, width):
+        """Positions (x, y) of all tokens of an image of height x width patches, class token first: (T, 2)."""
+        device = self.head.weight.device
+        x, y = (grid_axis(n, self.grid, device) for n in (width, height))
+        pos = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+        return torch.cat([pos.new_zeros(self.prefix, 2), pos])
+
+    def forward(self, images, pos=None):
+        """images (B, 3, height, width) -> logits (B, num_classes).
+
+        pos (T, 2) or (B, T, 2), class token first, replaces the positions that a rotary encoding is told.
+        """
+        x = self.patch_embed(images)
+        height, width = x.shape[-2:]
+        if pos is None:
+            pos = self.positions(height, width)
+        x = x.flatten(2).mT  # (B, height * width, dim)
+        if self.prefix:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.interpolated_pos_embed(height, width)
+        x = self.pos_drop(x)
+        for block in self.blocks:
+            x = block(x, pos)
+        x = self.norm(x)
+        return self.head(self.fc_norm(x[:, 0] if self.prefix else x.mean(dim=1)))
+
+    def interpolated_pos_embed(self, height, width):
+        """The learned position embedding (1, T, dim), resampled to another grid as timm does it."""
+        if (height, width) == (self.grid, self.grid):
+            return self.pos_embed
+        prefix, grid = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
+        grid = grid.mT.unflatten(-1, (self.grid, self.grid))
+        grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
+        return torch.cat([prefix, grid.flatten(2).mT], dim=1)
+
+
+def grid_axis(n, n0, device=None):
+    """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; a single one is 0."""
+    return (2 * torch.arange(n, device=device) - (n - 1)) * (math.pi * n / (n0 * max(n - 1, 1)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        patch = self.proj.stride[0]
+        if height % patch or width % patch:
+            raise ValueError(f"an image's sides must be multiples of patch_size = {patch}, got {height} x {width}")
+        return self.proj(images)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, rope, *, mlp_ratio, dropout, drop_path, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, rope, dropout)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(mlp_ratio * dim), dropout)
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x, pos):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), pos)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads, rope, dropout):
+        super().__init__()
+        self.num_heads, self.rope = num_heads, rope
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x, pos):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if self.rope is not None:
+            q, k = self.rope(q, k, pos)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden, dropout):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel of a residual branch by a learned factor (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, dim, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drops a branch for each sample by chance, and scales up what stays."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+
+
+def init_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
