@@ -1,0 +1,211 @@
+"""Data sets that live whole on the device, and the batches made and augmented there: no loader process is needed.
+
+A data set is a class with the constants num_classes, img_size (pixels a side) and train_size (images an epoch), and
+
+    data = Data(root, batch_size=128, seed=0, fraction=1.0, device="cpu")
+    images, labels = data.train_batch(step)         # (B, 3, S, S) float, normalised and augmented; (B,) int64
+    for images, labels in data.test_batches(): ...  # the test set once, as it is
+
+Which images a training step sees depends on the seed and the step alone. How they are augmented is drawn from torch's
+global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
+"""
+
+import hashlib
+import math
+import os
+import pickle
+import tarfile
+import tempfile
+import urllib.request
+from contextlib import contextmanager
+from functools import lru_cache
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class DataError(Exception):
+    """What is wrong with the data, in a line that tells how to mend it."""
+
+
+@contextmanager
+def replacing(path):
+    """Gives a temporary path, which becomes `path` if the block succeeds and vanishes if it does not."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+class Dataset:
+    """What all data sets share: a test set of bytes on the device, and the normalisation by the training images."""
+
+    def __init__(self, batch_size, device, test_images, test_labels):
+        self.batch_size, self.device = batch_size, device
+        self.test_images, self.test_labels = test_images.to(device), test_labels.to(device)
+        self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
+
+    def normalise(self, images):
+        return (images - self.shift) / self.scale
+
+    def test_batches(self, size=500):
+        for images, labels in zip(self.test_images.split(size), self.test_labels.split(size), strict=True):
+            yield self.normalise(images), labels
+
+
+class Bearing(Dataset):
+    """The built-in task: noise with a red and a blue square; the class is the direction from red to blue in 8 sectors.
+
+    It cannot be solved without position, and relative position is all it takes. Training images are endless, each one
+    is new; the test set is the same for every seed. Nothing is read or downloaded.
+    """
+
+    num_classes, img_size, train_size, test_size = 8, 32, 5120, 2000
+    mean, std = (0.5, 0.5, 0.5), (0.29, 0.29, 0.29)
+    cell = 4  # side of a square; squares sit on a grid of such cells
+
+    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, device="cpu"):
+        if fraction != 1:
+            raise DataError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
+        super().__init__(batch_size, device, *self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0)))
+
+    def train_batch(self, step):
+        images, labels = self.draw(self.batch_size, self.device)
+        return self.normalise(images), labels
+
+    def draw(self, n, device, generator=None):
+        """n new images as bytes (n, 3, S, S) and labels (n,): sector k is centred on k * 45 degrees, y downwards."""
+        grid = self.img_size // self.cell
+        random = {"device": device, "generator": generator}
+        images = torch.randint(256, (n, 3, self.img_size, self.img_size), dtype=torch.uint8, **random)
+        red = torch.randint(grid**2, (n,), **random)
+        blue = (red + torch.randint(1, grid**2, (n,), **random)) % grid**2  # any cell but red's
+        cells, i = images.view(n, 3, grid, self.cell, grid, self.cell), torch.arange(n, device=device)
+        for square, channel in (red, 0), (blue, 2):
+            cells[i, :, square // grid, :, square % grid] = 0
+            cells[i, channel, square // grid, :, square % grid] = 255
+        dx, dy = blue % grid - red % grid, blue // grid - red // grid
+        return images, torch.round(torch.atan2(dy, dx) / (math.pi / 4)).long() % 8
+
+
+class CIFAR100(Dataset):
+    """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 100 classes, 32 x 32.
+
+    Read from root/cifar-100-python, which is made from the official archive, which is downloaded if it is not in root.
+    fraction < 1 trains on a part of the images, the same for every seed; an epoch then goes over them more than once.
+    """
+
+    num_classes, img_size, train_size, test_size = 100, 32, 50_000, 10_000
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    padding = 4  # of the random crop, in pixels
+
+    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, device="cpu"):
+        folder = cifar100_folder(Path(root))
+        super().__init__(batch_size, device, *read_cifar100(folder / "test"))
+        images, labels = read_cifar100(folder / "train")
+        part = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: round(fraction * len(images))]
+        self.images, self.labels, self.seed = images[part].to(device), labels[part].to(device), seed
+
+    def train_batch(self, step):
+        i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed)).to(self.device)
+        return self.normalise(flip_and_crop(self.images[i], self.padding)), self.labels[i]
+
+
+DATASETS = {"cifar100": CIFAR100, "bearing": Bearing}
+
+
+def batch_indices(step, batch_size, n, seed):
+    """The step'th batch (batch_size,) of an endless stream that goes over n images in a new order each time."""
+    t = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.concatenate([shuffled(n, seed, k)[t[t // n == k] % n] for k in range(t[0] // n, t[-1] // n + 1)])
+
+
+@lru_cache(maxsize=2)
+def shuffled(n, seed, k):
+    return np.random.default_rng((seed, k)).permutation(n)
+
+
+def flip_and_crop(images, padding):
+    """Each image of (B, C, S, S) mirrored or not, and moved by up to `padding` pixels each way over a black border."""
+    B, C, S, _ = images.shape
+    device = images.device
+    rows, cols = torch.arange(S, device=device) + torch.randint(2 * padding + 1, (2, B, 1), device=device)
+    cols = torch.where(torch.rand(B, 1, device=device) < 0.5, cols.flip(1), cols)
+    b, c = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(C, device=device).view(C, 1, 1)
+    padded = F.pad(images, [padding] * 4)
+    return padded[b, c, rows.view(B, 1, S, 1), cols.view(B, 1, 1, S)]
+
+
+# Getting and reading the official files. The archive is not trusted before its sum is right, the pickles never are.
+
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+
+
+def cifar100_folder(root):
+    """root/cifar-100-python, made from the archive in root, downloaded first where there is none."""
+    folder, archive = root / "cifar-100-python", root / CIFAR100_URL.rpartition("/")[2]
+    if folder.is_dir():
+        return folder
+    if not archive.exists():
+        download(CIFAR100_URL, CIFAR100_MD5, archive)
+    elif md5(archive) != CIFAR100_MD5:
+        raise DataError(f"{archive} is damaged, or not the official archive: delete it and run again to download it")
+    with tempfile.TemporaryDirectory(dir=root) as tmp, tarfile.open(archive) as tar:
+        tar.extractall(tmp, filter="data")
+        os.replace(Path(tmp) / folder.name, folder)
+    return folder
+
+
+def download(url, expected_md5, path):
+    """Fetch url to path, which comes to be only when all is there and its MD5 sum is right."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = int(reply.headers.get("Content-Length", 0)) or None
+            with replacing(path) as tmp:
+                with open(tmp, "wb") as f, tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
+                    while chunk := reply.read(1 << 20):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+                if md5(tmp) != expected_md5:
+                    raise DataError(
+                        f"what came from {url} is truncated or altered: run again, or put the file at {path}"
+                    )
+    except (OSError, HTTPException) as e:
+        raise DataError(
+            f"cannot download {url} ({e}): download it by other means, put it at {path} and run again"
+        ) from e
+
+
+def md5(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest()
+
+
+class CIFARUnpickler(pickle.Unpickler):
+    """Knows the three names by which CIFAR's pickles make an array. A pickle may name any function, and it is run."""
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image files have no use for")
+        return super().find_class(module, name)
+
+
+def read_cifar100(path):
+    """One of CIFAR-100's two pickles -> images (N, 3, 32, 32) uint8, fine labels (N,) int64."""
+    try:
+        with open(path, "rb") as f:
+            content = CIFARUnpickler(f, encoding="bytes").load()
+        images, labels = content[b"data"].reshape(-1, 3, 32, 32), np.array(content[b"fine_labels"], dtype=np.int64)
+        if images.dtype != np.uint8 or labels.shape != (len(images),) or not np.isin(labels, np.arange(100)).all():
+            raise ValueError("not as many labels from 0 to 99 as images of bytes")
+        return torch.from_numpy(images), torch.from_numpy(labels)
+    except Exception as e:  # a damaged pickle can fail in any way
+        raise DataError(f"cannot read {path} ({e}): delete {path.parent} and run again to have it made anew") from e

@@ -1,0 +1,291 @@
+"""The built-in task, reading and downloading CIFAR-100, and what a hostile file cannot do."""
+
+import hashlib
+import http.server
+import io
+import math
+import os
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import CIFAR100, Bearing, DataError, batch_indices, flip_and_crop
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings as Python 2 wrote them."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    def save_bytes(self, raw):
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.memoize(raw)
+
+    dispatch[bytes] = save_bytes
+
+
+def pickled(content):
+    """As the official files are: protocol 2, byte strings, numpy's old module name."""
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def split(n, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8),
+        b"fine_labels": random.integers(0, 100, n).tolist(),
+        b"coarse_labels": [0] * n,
+        b"filenames": [b"a.png"] * n,
+        b"batch_label": b"training batch 1 of 1",
+    }
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """The bytes of a small archive laid out as the official one, which data.py takes for it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, n in (("train", 50), ("test", 20)):
+            raw = pickled(split(n, seed=n))
+            info = tarfile.TarInfo(f"cifar-100-python/{name}")
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    monkeypatch.setattr(data, "CIFAR100_MD5", hashlib.md5(buffer.getvalue()).hexdigest())
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(content) makes data.py download that from a server on this machine; returns the list of requests."""
+    servers = []
+
+    def start(content, announced=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.path)
+                self.send_response(200 if content is not None else 404)
+                self.send_header("Content-Length", str(announced or len(content or b"")))
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, *_):
+                pass
+
+        requests, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        monkeypatch.setattr(data, "CIFAR100_URL", f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz")
+        return requests
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_downloads_once_and_reads_what_was_packed(archive, serve, tmp_path):
+    requests, root = serve(archive), tmp_path / "new" / "data"
+    for _ in range(2):
+        cifar = CIFAR100(root, batch_size=10)
+    assert requests == ["/cifar-100-python.tar.gz"]
+    test = split(20, seed=20)
+    assert np.array_equal(cifar.test_images.flatten(1).numpy(), test[b"data"])
+    assert cifar.test_labels.tolist() == test[b"fine_labels"]
+    train = split(50, seed=50)
+    assert sorted(cifar.labels.tolist()) == sorted(train[b"fine_labels"])
+    assert {i.numpy().tobytes() for i in cifar.images} == {i.tobytes() for i in train[b"data"]}
+    assert sorted(os.listdir(root)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+def test_takes_an_archive_that_is_there_already(archive, serve, tmp_path):
+    requests = serve(b"not asked for")
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(archive)
+    assert len(CIFAR100(tmp_path, batch_size=10).images) == 50
+    assert not requests
+
+
+@pytest.mark.parametrize(
+    "content, announced, says",
+    [
+        (lambda raw: None, None, "404"),
+        (lambda raw: raw[:-100], None, "truncated or altered"),
+        (lambda raw: raw[:-100], 10**6, "truncated or altered|cannot download"),
+        (lambda raw: raw[:500] + b"!" + raw[501:], None, "truncated or altered"),
+    ],
+    ids=["missing", "short", "cut off", "altered"],
+)
+def test_a_failed_download_says_why_and_leaves_nothing(archive, serve, tmp_path, content, announced, says):
+    serve(content(archive), announced)
+    with pytest.raises(DataError, match=says) as error:
+        CIFAR100(tmp_path, batch_size=10)
+    assert "run again" in str(error.value) and "\n" not in str(error.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_no_network_is_told_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    with pytest.raises(DataError, match=r"cannot download .*put it at"):
+        CIFAR100(tmp_path / "data", batch_size=10)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_damaged_archive_of_the_users_is_told_and_left_alone(archive, tmp_path):
+    path = tmp_path / "cifar-100-python.tar.gz"
+    path.write_bytes(archive[:-1])
+    with pytest.raises(DataError, match="delete it and run again"):
+        CIFAR100(tmp_path, batch_size=10)
+    assert path.read_bytes() == archive[:-1]
+
+
+def test_an_archive_cannot_write_outside_its_folder(serve, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("cifar-100-python/../../../evil"))
+    monkeypatch.setattr(data, "CIFAR100_MD5", hashlib.md5(buffer.getvalue()).hexdigest())
+    serve(buffer.getvalue())
+    root = tmp_path / "a" / "b"
+    with pytest.raises(tarfile.FilterError, match="evil"):
+        CIFAR100(root, batch_size=10)
+    assert not list(tmp_path.rglob("evil")) and os.listdir(root) == ["cifar-100-python.tar.gz"]
+
+
+class Call:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda: pickle.dumps(Call(os.mkdir, "harm"), protocol=2),
+        lambda: pickle.dumps(Call(eval, "__import__('os').mkdir('harm')"), protocol=2),
+        lambda: pickle.dumps({b"data": Call(os.mkdir, "harm")}, protocol=4),
+        lambda: b"cos\nmkdir\n(S'harm'\ntR.",
+        lambda: b"(S'harm'\nios\nmkdir\n.",
+        lambda: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
+        lambda: b"cnumpy\nfromfile\n.",
+        lambda: b"cnumpy.core.multiarray\nfromfile\n.",
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused(hostile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").write_bytes(hostile())
+    with pytest.raises(DataError, match="it asks for"):
+        data.read_cifar100(tmp_path / "train")
+    assert os.listdir(tmp_path) == ["train"]
+    if b"mkdir" in hostile():
+        pickle.loads(hostile())  # it would have
+        assert (tmp_path / "harm").is_dir()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"not a pickle",
+        pickled(split(5))[:-50],
+        pickled({**split(5), b"fine_labels": [0] * 4}),
+        pickled({**split(5), b"fine_labels": [100] * 5}),
+        pickled({**split(5), b"data": np.zeros((5, 3072), np.float32)}),
+        pickled({**split(5), b"data": np.zeros((5, 99), np.uint8)}),
+        pickled({b"data": np.zeros((5, 3072), np.uint8)}),
+        pickled([np.zeros(1)]),
+        None,
+    ],
+)
+def test_a_damaged_file_is_told(raw, tmp_path):
+    if raw is not None:
+        (tmp_path / "test").write_bytes(raw)
+    with pytest.raises(DataError, match=r"cannot read .*delete .* and run again"):
+        data.read_cifar100(tmp_path / "test")
+
+
+@pytest.fixture
+def cifar(archive, tmp_path):
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(archive)
+    return lambda **options: CIFAR100(tmp_path, **{"batch_size": 20} | options)
+
+
+def test_batches_are_normalised_and_decided_by_seed_and_step(cifar):
+    a, b = cifar(seed=1), cifar(seed=1)
+    torch.manual_seed(0)
+    images, labels = a.train_batch(3)
+    torch.manual_seed(0)
+    again = b.train_batch(3)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert images.shape == (20, 3, 32, 32) and images.dtype == torch.float32
+    assert not torch.equal(labels, cifar(seed=2).train_batch(3)[1])
+    (test, labels), *rest = a.test_batches(size=12)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CIFAR100.mean, CIFAR100.std))
+    torch.testing.assert_close(test, (a.test_images[:12] / 255 - mean) / std)
+    assert [len(labels) for _, labels in rest] == [8]
+
+
+def test_a_fraction_is_the_same_part_for_every_seed_and_lies_within_a_larger_one(cifar):
+    def images(**options):
+        return {i.numpy().tobytes() for i in cifar(**options).images}
+
+    assert len(images(fraction=0.2)) == 10
+    assert images(fraction=0.2) == images(fraction=0.2, seed=5)
+    assert images(fraction=0.2) < images(fraction=0.6) < images()
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (10, 10), (3, 8), (7, 1)])
+def test_every_pass_sees_every_image_once_in_a_new_order(n, batch_size):
+    steps = 6 * n // math.gcd(n, batch_size)
+    stream = np.concatenate([batch_indices(s, batch_size, n, seed=0) for s in range(steps)])
+    passes = stream[: len(stream) // n * n].reshape(-1, n)
+    assert (np.sort(passes, axis=1) == np.arange(n)).all()
+    assert len({tuple(p) for p in passes}) > 1
+    assert not np.array_equal(stream, np.concatenate([batch_indices(s, batch_size, n, 1) for s in range(steps)]))
+
+
+def test_flip_and_crop_is_a_mirror_and_a_shift_over_black():
+    torch.manual_seed(0)
+    image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(image, [2] * 4)
+    possible = {}
+    for flip in False, True:
+        for dy in range(5):
+            for dx in range(5):
+                crop = padded[:, dy : dy + 8, dx : dx + 8]
+                possible[(crop.flip(2) if flip else crop).numpy().tobytes()] = flip, dy, dx
+    batch = flip_and_crop(image.expand(5000, 3, 8, 8), 2)
+    counts = {}
+    for i in batch:
+        what = possible[i.numpy().tobytes()]
+        counts[what] = counts.get(what, 0) + 1
+    assert len(counts) == 50 and min(counts.values()) > 60 and max(counts.values()) < 150
+
+
+def test_bearing_is_labelled_by_the_direction_from_red_to_blue():
+    task = Bearing(batch_size=64)
+    images, labels = task.draw(500, "cpu", torch.Generator().manual_seed(1))
+    for image, label in zip(images.permute(0, 2, 3, 1).numpy().astype(int), labels.tolist(), strict=True):
+        (ry, rx), (by, bx) = (np.argwhere((image == c).all(-1)).mean(0) for c in ([255, 0, 0], [0, 0, 255]))
+        degrees = math.degrees(math.atan2(by - ry, bx - rx)) % 360
+        assert abs((degrees - 45 * label + 180) % 360 - 180) < 22.5
+    assert torch.bincount(labels, minlength=8).min() > 30
+
+
+def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
+    a, b = Bearing(batch_size=64, seed=0), Bearing(batch_size=64, seed=1)
+    assert torch.equal(a.test_images, b.test_images) and len(a.test_images) == a.test_size
+    assert not torch.equal(a.train_batch(0)[0], a.train_batch(0)[0])
+    torch.manual_seed(0)
+    images, _ = a.train_batch(0)
+    torch.manual_seed(0)
+    assert torch.equal(images, b.train_batch(7)[0])
+    assert images.shape == (64, 3, 32, 32) and abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
+    with pytest.raises(DataError, match="leave --fraction out"):
+        Bearing(batch_size=64, fraction=0.5)
