@@ -66,7 +66,7 @@ class Bearing(Dataset):
     is new; the test set is the same for every seed. Nothing is read or downloaded.
     """
 
-    num_classes, img_size, train_size, test_size = 8, 32, 5120, 2000
+    num_classes, img_size, train_size, test_size = 8, 32, 3072, 2000
     mean, std = (0.5, 0.5, 0.5), (0.29, 0.29, 0.29)
     cell = 4  # side of a square; squares sit on a grid of such cells
 

@@ -1,0 +1,31 @@
+"""The README's promises that can be run."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import train
+from vit import ENCODINGS
+
+README = Path(__file__).parents[1].joinpath("README.md").read_text()
+
+
+def test_the_example_runs_and_turns_what_it_says():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["out"].shape == (8, 12, 197, 64) and names["R"].shape == (1, 197, 64, 64)
+    assert torch.equal(names["R"][0, 0], torch.eye(64))
+
+
+def test_every_command_is_one_that_train_takes():
+    commands = re.findall(r"python train\.py(.*)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)))
+    assert commands
+    for command in commands:
+        train.parse_args(command.split())
+
+
+def test_every_encoding_is_in_the_table():
+    for name in ENCODINGS:
+        assert f"`{name}`" in README

@@ -1,0 +1,321 @@
+"""The training script: its files, its errors, and that a run can be stopped anywhere and go on to the very same end."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+from data import Bearing
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"dataset": "bearing", "device": "cpu", "depth": 2, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 3}
+TINY = [f"--{name}={value}" for name, value in SMALL.items()]
+
+
+@pytest.fixture(autouse=True)
+def tiny_bearing(monkeypatch, tmp_path):
+    """Four steps an epoch, 50 test images, and a working directory to write into."""
+    monkeypatch.setattr(Bearing, "train_size", 64)
+    monkeypatch.setattr(Bearing, "test_size", 50)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*flags):
+    return train.main([*TINY, *map(str, flags)])
+
+
+def weights(out):
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def assert_same_end(a, b):
+    """Two run folders hold the same weights, optimizer state and log, bit for bit, but for the time it took."""
+    a, b = weights(a), weights(b)
+    assert a["step"] == b["step"]
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for i, moments in a["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b["optimizer"]["state"][i][name]), (i, name)
+    for row_a, row_b in zip(a["log"], b["log"], strict=True):
+        assert row_a | {"seconds": 0} == row_b | {"seconds": 0}
+
+
+def test_a_run_writes_its_configuration_log_curves_checkpoint_and_result(capsys):
+    assert run("--pe", "axial", "--seed", 3) == 0
+    out = Path("runs/bearing-axial-s3")
+    assert sorted(os.listdir(out)) == ["config.json", "curves.png", "last.pt", "log.csv", "result.json"]
+    result, config = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "config"))
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["test_accuracy"]) == result["test_accuracy"]
+    assert result["parameters"] == sum(p.numel() for p in weights(out)["model"].values())
+    assert result["images_per_second"] == pytest.approx(3 * 64 / result["train_seconds"], rel=0.2)
+    assert {"pe": "axial", "dataset": "bearing", "seed": 3, "epochs": 3}.items() <= result.items()
+    assert {"device", "torch", "commit", "command"} <= result.keys() and result["torch"] == torch.__version__
+    assert config["lr"] == 2e-3 and config["heads"] == 2
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "axial on bearing" in last_line and str(result["test_accuracy"]) in last_line
+
+
+def test_the_seed_decides_everything():
+    for out, seed in ("a", 0), ("b", 0), ("c", 1):
+        run("--out", out, "--seed", seed)
+    assert_same_end("a", "b")
+    a, c = weights("a")["model"], weights("c")["model"]
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer", "evaluation"])
+@pytest.mark.parametrize("step", [1, 8])
+def test_ctrl_c_anywhere_saves_and_resumes_to_the_same_bits(where, step, monkeypatch, capsys):
+    run("--out", "whole", "--pe", "spherical-learned")
+    calls = 0
+
+    def interrupting(function):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == (step if where != "evaluation" else 1 + step // 4):
+                signal.raise_signal(signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if where == "forward":
+            patch.setattr(Bearing, "train_batch", interrupting(Bearing.train_batch))
+        elif where == "optimizer":  # the signal comes in the midst of the update: it must wait for its end
+            patch.setattr(torch.optim.AdamW, "step", interrupting(torch.optim.AdamW.step))
+        else:
+            patch.setattr(Bearing, "test_batches", interrupting(Bearing.test_batches))
+        assert run("--out", "cut", "--pe", "spherical-learned") == 130
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "To go on: python " in last_line and last_line.endswith("--resume")
+    assert weights("cut")["step"] == {"forward": step - 1, "optimizer": step, "evaluation": 4 * (1 + step // 4)}[where]
+    assert run("--out", "cut", "--pe", "spherical-learned", "--resume") == 0
+    assert_same_end("whole", "cut")
+
+
+def start(out, *flags):
+    """The same tiny run, but of 300 epochs, in a process of its own and with a checkpoint after every step."""
+    code = (
+        "import sys, train, data\n"
+        "data.Bearing.train_size, data.Bearing.test_size, train.CHECKPOINT_SECONDS = 64, 50, 0\n"
+        "sys.exit(train.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *TINY, "--epochs=300", "--out", out, *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def wait_for_step(out, step, process):
+    while not Path(out, "last.pt").exists() or weights(out)["step"] < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_kill_9_loses_no_more_than_the_work_since_the_checkpoint():
+    process = start("run")
+    wait_for_step("run", 6, process)
+    process.kill()
+    process.communicate()
+    killed_at = weights("run")["step"]
+    process = start("run", "--resume")
+    wait_for_step("run", killed_at + 6, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "To go on" in err and "Traceback" not in err
+    assert not list(Path("run").glob("*.tmp"))
+    rows = weights("run")["log"]
+    # What the same run comes to without a break, in this process
+    whole = train.parse_args([*TINY, "--epochs=300", "--out=whole"])
+    parts = train.set_up(whole)
+    while len(parts[-1]["log"]) < len(rows):
+        for _ in range(4):
+            train.train_step(whole, *parts, steps_per_epoch=4)
+        row = train.finish_epoch(whole, *parts)
+        assert row | {"seconds": 0} == rows[row["epoch"] - 1] | {"seconds": 0}
+    assert 4 * len(rows) > killed_at
+
+
+def test_resuming_a_finished_run_just_shows_its_result(capsys):
+    run("--out", "a")
+    first = capsys.readouterr().out.strip().splitlines()[-1]
+    assert run("--out", "a", "--resume") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].split(";")[0] == first.split(";")[0]
+
+
+def bad(capsys, *flags):
+    """The one line that a run with these flags ends with."""
+    try:
+        code = run(*flags)
+    except SystemExit as e:  # argparse's way
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--pe rope", ["none", "ape", "axial", "spherical-learned"]),
+        ("--dataset mnist", ["cifar100", "bearing"]),
+        ("--patch-size 5", ["multiple of patch_size = 5", "32"]),
+        ("--head-dim 2 --pe spherical", ["head_dim must be at least 3"]),
+        ("--epochs 0", ["--epochs", "an integer of 1 or more"]),
+        ("--epochs 1.5", ["--epochs", "an integer of 1 or more"]),
+        ("--lr 0", ["--lr", "a number of above 0"]),
+        ("--lr nan", ["--lr", "a number of above 0"]),
+        ("--weight-decay -1", ["0 or more"]),
+        ("--fraction 1.5", ["above 0, 1 at most"]),
+        ("--fraction 0.5", ["leave --fraction out"]),
+        ("--seed -1", ["--seed", "0 or more"]),
+        ("--resume", ["no runs/bearing-spherical-s0/last.pt", "leave --resume out"]),
+        ("--epoch 3", ["--epoch"]),
+        ("--device gpu", ["--device gpu cannot be used", "try --device cpu"]),
+    ],
+)
+def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
+    line = bad(capsys, *flags.split())
+    assert all(s in line for s in says), line
+    assert not os.listdir()
+
+
+def test_cuda_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(
+        torch, "empty", lambda *_, device: torch.device(device) and exec("raise RuntimeError('no GPU')")
+    )
+    assert "--device cuda cannot be used (no GPU): try --device cpu" in bad(capsys, "--device", "cuda")
+    assert not os.listdir()
+
+
+def test_no_network_and_bad_archives_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(data, "CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    assert "cannot download" in bad(capsys, "--dataset", "cifar100")
+    assert not os.listdir()
+    Path("data").mkdir()
+    Path("data/cifar-100-python.tar.gz").write_bytes(b"half")
+    assert "damaged" in bad(capsys, "--dataset", "cifar100")
+    assert os.listdir() == ["data"]
+
+
+def test_a_pickle_that_would_run_code_is_told(capsys):
+    Path("data/cifar-100-python").mkdir(parents=True)
+    for name in "train", "test":
+        Path(f"data/cifar-100-python/{name}").write_bytes(b"cos\nmkdir\n(S'harm'\ntR.")
+    assert "it asks for os.mkdir" in bad(capsys, "--dataset", "cifar100")
+    assert os.listdir() == ["data"]
+
+
+def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch):
+    monkeypatch.setattr(data, "CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    assert run("--dataset", "cifar100") == 2
+    out = capsys.readouterr().out
+    assert "On this CPU 3 epochs will take about" in out and "--dataset bearing" in out
+
+
+def test_an_out_that_cannot_be_written(capsys):
+    Path("file").write_text("")
+    assert "choose another folder with --out" in bad(capsys, "--out", "file/run")
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_another_configuration(capsys):
+    run("--out", "a")
+    capsys.readouterr()
+    before = Path("a/last.pt").read_bytes()
+    assert "--resume" in bad(capsys, "--out", "a")
+    line = bad(capsys, "--out", "a", "--resume", "--lr", "0.5", "--pe", "axial")
+    assert "--lr was 0.002, is 0.5" in line and "--pe was spherical, is axial" in line
+    assert Path("a/last.pt").read_bytes() == before
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_damaged_or_hostile_checkpoint_is_told(capsys):
+    run("--out", "a")
+    capsys.readouterr()
+    whole = Path("a/last.pt").read_bytes()
+    other = weights("a")
+    del other["optimizer"]
+    for make in (
+        lambda path: path.write_bytes(whole[:-1000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(pickle.dumps(Harm())),
+        lambda path: torch.save({"config": Harm()}, path),
+        lambda path: torch.save(other, path),
+        lambda path: torch.save([1], path),
+    ):
+        make(Path("a/last.pt"))
+        assert "damaged" in bad(capsys, "--out", "a", "--resume")
+        assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(what, capsys, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    cross_entropy, calls = torch.nn.functional.cross_entropy, []
+
+    def bad_at_step_6(logits, labels):
+        calls.append(1)
+        loss = cross_entropy(logits, labels)
+        if len(calls) == 6:
+            loss = loss * torch.nan if what == "loss" else loss + (0 * logits.sum()).sqrt()
+        return loss
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", bad_at_step_6)
+    assert run("--out", "a") == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error: ") and "NaN or infinite" in err and "last.pt is the last good checkpoint" in err
+    assert weights("a")["step"] == 5
+    assert all(p.isfinite().all() for p in weights("a")["model"].values())
+    assert not Path("a/result.json").exists()
+
+
+def test_only_linear_maps_decay():
+    args = train.parse_args([*TINY, "--pe", "spherical-learned", "--out", "a"])
+    model, _, optimizer, _ = train.set_up(args)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    blocks = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    expected = {f"blocks.{i}.{name}.weight" for i in range(2) for name in blocks}
+    assert names == expected | {"patch_embed.proj.weight", "head.weight"}
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
+    args = train.parse_args(["--epochs", "50", "--warmup-epochs", "5", "--lr", "1"])
+    lr = [train.learning_rate(args, step, 10) for step in range(500)]
+    assert lr[0] == pytest.approx(1 / 51) and lr[49] == pytest.approx(50 / 51) and lr[50] == 1
+    assert lr[275] == pytest.approx(0.5) and 0 < lr[-1] < 1e-4
+    assert lr[50:] == sorted(lr[50:], reverse=True)
+
+
+def test_bfloat16_autocast_trains_on_a_cpu_too():
+    assert run("--amp", "--pe", "spherical-learned", "--epochs", "1", "--pool", "mean") == 0
+    assert weights("runs/bearing-spherical-learned-s0")["model"]["blocks.0.attn.rope.freqs"].dtype == torch.float32
+
+
+def test_help_names_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    for flag in train.RECIPES["bearing"]:
+        assert f"--{flag.replace('_', '-')}" in shown
+    assert "cifar100 100, bearing 10" in " ".join(shown.split())

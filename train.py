@@ -1,0 +1,438 @@
+"""Train a small ViT with the position encoding of your choice.
+
+    python train.py --pe spherical --dataset bearing    # about a minute on a laptop's CPU, nothing to download
+    python train.py --pe spherical                      # CIFAR-100, which wants a GPU
+
+A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row an epoch), curves.png, last.pt and, at its end,
+result.json. Ctrl-C stops a run; the same command with --resume goes on with it, also after a crash, and on a CPU to the
+very same weights: all that is random in a step is drawn from generators that the seed and the step's number determine.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+from data import DATASETS, DataError, replacing
+from vit import ENCODINGS, ViT
+
+RECIPES = {
+    "cifar100": {
+        "epochs": 100,
+        "batch_size": 512,
+        "lr": 1e-3,
+        "warmup_epochs": 5,
+        "depth": 12,
+        "heads": 6,
+        "head_dim": 60,
+    },
+    "bearing": {"epochs": 10, "batch_size": 64, "lr": 2e-3, "warmup_epochs": 1, "depth": 2, "heads": 4, "head_dim": 24},
+}
+FREE_TO_CHANGE = {"data_dir", "device", "out", "resume", "compile", "amp"}  # by --resume: where and how fast, not what
+CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        model, data, optimizer, state = set_up(args)
+    except (DataError, OSError, ValueError) as e:  # what a user can mend
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped before the training began.", file=sys.stderr)
+        return 130
+    try:
+        try:
+            train(args, model, data, optimizer, state)
+        except KeyboardInterrupt:
+            save(args, model, optimizer, state)
+            print(f"Stopped after step {state['step']}. To go on: {command(resume=True)}", file=sys.stderr)
+            return 130
+    except Diverged as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(argv):
+    """The command line, completed by the data set's recipe."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+
+    def add_from_recipe(flag, kind, what):
+        defaults = (f"{name} {recipe[flag.strip('-').replace('-', '_')]}" for name, recipe in RECIPES.items())
+        add(flag, type=kind, help=f"{what} ({', '.join(defaults)})")
+
+    add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
+    add("--dataset", choices=RECIPES, default="cifar100", help="what to learn (%(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
+    add(
+        "--fraction",
+        type=number(float, most=1),
+        default=1.0,
+        help="train on this part of the images, for as many steps",
+    )
+    add_from_recipe("--epochs", number(int, least=1), "passes over the training images")
+    add_from_recipe("--batch-size", number(int, least=1), "images a step")
+    add("--opt", choices=["adamw"], default="adamw", help="optimizer (%(default)s)")
+    add_from_recipe("--lr", number(float), "highest learning rate")
+    add("--weight-decay", type=number(float, least=0), default=0.05, help="of linear maps (%(default)s)")
+    add_from_recipe("--warmup-epochs", number(float, least=0), "linear warm-up, at most a fifth of the epochs")
+    add_from_recipe("--depth", number(int, least=1), "blocks")
+    add_from_recipe("--heads", number(int, least=1), "attention heads")
+    add_from_recipe("--head-dim", number(int, least=1), "channels a head")
+    add("--patch-size", type=number(int, least=1), default=4, help="side of a patch in pixels (%(default)s)")
+    add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
+    add("--seed", type=number(int, least=0), default=0, help="decides all that is random (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--out", type=Path, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+
+    args = parser.parse_args(argv)
+    on_cuda = args.device.startswith("cuda")
+    out = Path("runs") / f"{args.dataset}-{args.pe}-s{args.seed}"
+    for name, value in ({"out": out, "compile": on_cuda, "amp": on_cuda} | RECIPES[args.dataset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage in front
+        self.exit(2, f"error: {message}\n")
+
+
+def number(kind, least=None, most=None):
+    """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            good = (
+                math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= (most or value)
+            )
+        except ValueError:
+            good = False
+        if not good:
+            limits = ("above 0" if least is None else f"{least} or more") + (f", {most} at most" if most else "")
+            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} of {limits}")
+        return value
+
+    return parse
+
+
+def set_up(args):
+    """All that a run needs -> model, data, optimizer, state. Nothing is written before everything is found right."""
+    device, dataset = usable_device(args.device), DATASETS[args.dataset]
+    reseed(args.seed, 0)
+    model = ViT(
+        args.pe,
+        img_size=dataset.img_size,
+        patch_size=args.patch_size,
+        num_classes=dataset.num_classes,
+        depth=args.depth,
+        num_heads=args.heads,
+        head_dim=args.head_dim,
+        pool=args.pool,
+    ).to(device)
+    optimizer = make_optimizer(args, model)
+    # What a run is beside weights and optimizer. totals: steps, loss, hits and gradient norm, summed over this epoch.
+    state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
+    if args.resume:
+        load(args, model, optimizer, state)
+    elif (args.out / "last.pt").exists():
+        raise DataError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
+    if device.type == "cpu" and args.dataset == "cifar100":
+        estimate(args, model, dataset)
+    data = dataset(args.data_dir, batch_size=args.batch_size, seed=args.seed, fraction=args.fraction, device=device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "config.json", config(args) | environment(args))
+    except OSError as e:
+        raise DataError(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out") from e
+    if args.compile:
+        model.compile()
+    return model, data, optimizer, state
+
+
+def usable_device(name):
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+
+
+def first_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def reseed(*key):
+    """Make all that torch draws from here on a function of the key, some integers >= 0."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def make_optimizer(args, model):
+    """Weight decay is for the weights of linear maps: not for biases, norms, tokens, embeddings and frequencies."""
+    decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    groups = [
+        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def estimate(args, model, dataset):
+    """Say how long the whole run will take on this CPU, going by one step with a few images."""
+    images = torch.zeros(16, 3, dataset.img_size, dataset.img_size)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        with autocast(args):
+            model(images).sum().backward()
+        seconds = (time.perf_counter() - start) / len(images) * dataset.train_size * args.epochs
+    model.zero_grad()
+    size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds > s or s == 60)
+    print(f"On this CPU {args.epochs} epochs will take about {seconds / size:.1f} {unit}.", end=" ")
+    print(f"In about a minute you can have: python train.py --pe {args.pe} --dataset bearing", flush=True)
+
+
+def train(args, model, data, optimizer, state):
+    """Train from `state` to the end, and write the result.
+
+    Wherever this is interrupted, model, optimizer and state belong together: they change in one piece after each step.
+    """
+    steps_per_epoch = max(1, data.train_size // args.batch_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {device_name(args)}, to {args.out}/")
+    images = args.epochs * steps_per_epoch * args.batch_size
+    saved = shown = time.perf_counter()
+    with tqdm(total=images, initial=state["step"] * args.batch_size, unit="img", unit_scale=True, disable=None) as bar:
+        while (epoch := len(state["log"])) < args.epochs:
+            if state["step"] < (epoch + 1) * steps_per_epoch:
+                train_step(args, model, data, optimizer, state, steps_per_epoch)
+                bar.update(args.batch_size)
+                if time.perf_counter() - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
+                    shown = time.perf_counter()
+                    loss, hits = epoch_means(args, state)
+                    bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+                    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
+            else:
+                row = finish_epoch(args, model, data, optimizer, state)
+                tqdm.write("   ".join(f"{name} {value:g}" for name, value in row.items() if name != "lr"))
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS or len(state["log"]) == args.epochs:
+                save(args, model, optimizer, state)
+                saved = time.perf_counter()
+
+    result = {
+        "pe": args.pe,
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "test_accuracy": state["log"][-1]["test_accuracy"],
+        "train_seconds": round(state["seconds"], 2),
+        "images_per_second": round(images / state["seconds"], 1),
+        "parameters": parameters,
+    }
+    write_json(args.out / "result.json", result | environment(args))
+    print(
+        f"{args.pe} on {args.dataset}, seed {args.seed}: {result['test_accuracy']} % of the test images right after "
+        f"{args.epochs} epochs, {result['train_seconds']:.0f} s of training, {result['images_per_second']:.0f} images/s"
+    )
+
+
+def train_step(args, model, data, optimizer, state, steps_per_epoch):
+    start = time.perf_counter()
+    model.train()
+    reseed(args.seed, 1 + state["step"])
+    images, labels = data.train_batch(state["step"])
+    with autocast(args):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    hits = (logits.argmax(dim=1) == labels).float().mean()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, state["step"], steps_per_epoch)
+    with uninterrupted():
+        optimizer.step()
+        optimizer.zero_grad()
+        state["totals"] += torch.stack([torch.ones_like(norm), loss.detach(), hits, norm])
+        state["step"] += 1
+        state["seconds"] += time.perf_counter() - start
+
+
+def learning_rate(args, step, steps_per_epoch):
+    """Linear warm-up, then half a cosine down to 0."""
+    warmup = min(args.warmup_epochs, args.epochs / 5) * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
+
+
+def finish_epoch(args, model, data, optimizer, state):
+    """Test, and put a row into the log."""
+    start = time.perf_counter()
+    loss, hits = epoch_means(args, state)  # waits for the GPU, which belongs to the training's time
+    waited = time.perf_counter() - start
+    row = {
+        "epoch": len(state["log"]) + 1,
+        "lr": optimizer.param_groups[0]["lr"],
+        "train_loss": round(loss, 4),
+        "train_accuracy": round(100 * hits, 2),
+        "test_accuracy": round(100 * accuracy(args, model, data), 2),
+        "seconds": round(state["seconds"] + waited, 2),
+    }
+    with uninterrupted():
+        state["log"].append(row)
+        state["totals"].zero_()
+        state["seconds"] += waited
+        with replacing(args.out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
+            writer = csv.DictWriter(f, row)
+            writer.writeheader()
+            writer.writerows(state["log"])
+    return row
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not finite any more."""
+
+
+def epoch_means(args, state):
+    """Mean loss and share of hits over this epoch's steps so far. Raises Diverged where they are not finite."""
+    steps, loss, hits, norm = state["totals"].tolist()
+    if not math.isfinite(loss + norm):
+        last = args.out / "last.pt"
+        kept = f"{last} is the last good checkpoint" if last.exists() else "there was no checkpoint yet"
+        raise Diverged(f"the loss or its gradient became NaN or infinite: try a lower --lr ({kept})")
+    return loss / max(steps, 1), hits / max(steps, 1)
+
+
+@torch.no_grad()
+def accuracy(args, model, data):
+    """The share of the test images that the model gets right."""
+    model.eval()
+    hits = 0
+    for images, labels in data.test_batches():
+        with autocast(args):
+            hits += (model(images).argmax(dim=1) == labels).sum()
+    return hits.item() / data.test_size
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+
+
+@contextmanager
+def uninterrupted():
+    """Ctrl-C waits until the block is done."""
+    interrupts = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+def save(args, model, optimizer, state):
+    """Write last.pt and curves.png, unless the run has diverged."""
+    epoch_means(args, state)
+    with uninterrupted():
+        with replacing(args.out / "last.pt") as tmp:
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"config": config(args)} | weights | state, tmp)
+        if state["log"]:
+            plot(args, state["log"])
+
+
+def load(args, model, optimizer, state):
+    """Go on where last.pt is: fill in model, optimizer and state, or raise a DataError that says why not."""
+    path = args.out / "last.pt"
+    if not path.exists():
+        raise DataError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        was, now = saved["config"], config(args)
+        changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
+        if not changed:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state.update((name, saved[name]) for name in state)
+    except Exception as e:  # a damaged file can fail in any way
+        raise DataError(f"{path} is damaged ({first_line(e)}): delete it and begin without --resume") from e
+    if changed:
+        raise DataError(f"{path} is of another configuration: {', '.join(changed)}")
+
+
+def config(args):
+    """What decides the result of a run."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+
+
+def environment(args):
+    """Where a run was made, and from what."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout
+    return {"device": device_name(args), "torch": torch.__version__, "commit": commit, "command": command()}
+
+
+def device_name(args):
+    if args.device.startswith("cuda"):
+        return torch.cuda.get_device_name(args.device)
+    return f"{args.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def command(resume=False):
+    """What was typed, so that it can be typed again."""
+    return shlex.join(["python", *sys.argv] + ["--resume"] * (resume and "--resume" not in sys.argv))
+
+
+def write_json(path, content):
+    with replacing(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot(args, log):
+    """curves.png: loss and accuracy over the epochs."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, colour in (
+        (left, "train_loss", "#0072b2"),
+        (right, "train_accuracy", "#999999"),
+        (right, "test_accuracy", "#d55e00"),
+    ):
+        axes.plot(
+            [row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour, label=name.split("_")[0]
+        )
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    right.legend(frameon=False)
+    figure.suptitle(f"{args.pe} on {args.dataset}, seed {args.seed}")
+    with replacing(args.out / "curves.png") as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
