@@ -99,6 +99,8 @@ def parse_args(argv):
     add_from_recipe("--heads", number(int, least=1), "attention heads")
     add_from_recipe("--head-dim", number(int, least=1), "channels a head")
     add("--patch-size", type=number(int, least=1), default=4, help="side of a patch in pixels (%(default)s)")
+    add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
+    add("--jitter", type=number(float, least=0), default=0.0, help="noise on positions in training, in patches (0)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
     add("--seed", type=number(int, least=0), default=0, help="decides all that is random (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
@@ -143,6 +145,12 @@ def number(kind, least=None, most=None):
 def set_up(args):
     """All that a run needs -> model, data, optimizer, state. Nothing is written before everything is found right."""
     device, dataset = usable_device(args.device), DATASETS[args.dataset]
+    if args.block_size and not args.pe.startswith(("liere", "comrope")):
+        raise DataError(
+            f"--pe {args.pe} has no blocks: leave --block-size out, or take liere, comrope-ap or comrope-ld"
+        )
+    if args.jitter and args.pe in ("none", "ape"):
+        raise DataError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
     reseed(args.seed, 0)
     model = ViT(
         args.pe,
@@ -153,6 +161,7 @@ def set_up(args):
         num_heads=args.heads,
         head_dim=args.head_dim,
         pool=args.pool,
+        **({} if args.block_size is None else {"block_size": args.block_size}),
     ).to(device)
     optimizer = make_optimizer(args, model)
     # What a run is beside weights and optimizer. totals: steps, loss, hits and gradient norm, summed over this epoch.
@@ -236,7 +245,10 @@ def train(args, model, data, optimizer, state):
                     bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
             else:
                 row = finish_epoch(args, model, data, optimizer, state)
-                tqdm.write("   ".join(f"{name} {value:g}" for name, value in row.items() if name != "lr"))
+                tqdm.write(
+                    "epoch {epoch:3}   loss {train_loss:.3f}   training {train_accuracy:5.2f} %   "
+                    "test {test_accuracy:5.2f} %   {seconds:.0f} s".format(**row)
+                )
             if time.perf_counter() - saved > CHECKPOINT_SECONDS or len(state["log"]) == args.epochs:
                 save(args, model, optimizer, state)
                 saved = time.perf_counter()
@@ -254,7 +266,7 @@ def train(args, model, data, optimizer, state):
     write_json(args.out / "result.json", result | environment(args))
     print(
         f"{args.pe} on {args.dataset}, seed {args.seed}: {result['test_accuracy']} % of the test images right after "
-        f"{args.epochs} epochs, {result['train_seconds']:.0f} s of training, {result['images_per_second']:.0f} images/s"
+        f"{args.epochs} epochs; {result['train_seconds']:.0f} s of training, {result['images_per_second']:.0f} images/s"
     )
 
 
@@ -264,7 +276,7 @@ def train_step(args, model, data, optimizer, state, steps_per_epoch):
     reseed(args.seed, 1 + state["step"])
     images, labels = data.train_batch(state["step"])
     with autocast(args):
-        logits = model(images)
+        logits = model(images, jittered(model, args.jitter) if args.jitter else None)
         loss = F.cross_entropy(logits, labels)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -277,6 +289,17 @@ def train_step(args, model, data, optimizer, state, steps_per_epoch):
         state["totals"] += torch.stack([torch.ones_like(norm), loss.detach(), hits, norm])
         state["step"] += 1
         state["seconds"] += time.perf_counter() - start
+
+
+def jittered(model, sigma):
+    """Training positions (T, 2), each moved by noise of sigma patches, but not out of its patch (ComRoPE, 3.4.2).
+
+    Drawn anew at each step for the whole batch; a class token stays where it is.
+    """
+    pos = model.positions(model.grid, model.grid)
+    noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * (2 * math.pi / max(model.grid - 1, 1))
+    noise[: model.prefix] = 0
+    return pos + noise
 
 
 def learning_rate(args, step, steps_per_epoch):

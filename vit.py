@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from comrope import ComRoPE
+from liere import LieRE
 from rope_axial import AxialRoPE
+from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 
 # Called with head_dim and num_heads, once for each layer. "none" and "ape" leave q and k alone.
@@ -26,8 +29,12 @@ ENCODINGS = {
     "axial": AxialRoPE,
     "axial-learned": partial(AxialRoPE, learned=True),
     "uniform": partial(AxialRoPE, uniform=True),
+    "mixed": MixedRoPE,
     "spherical": SphericalRoPE,
     "spherical-learned": partial(SphericalRoPE, learned=True),
+    "liere": LieRE,
+    "comrope-ap": partial(ComRoPE, kind="ap"),
+    "comrope-ld": partial(ComRoPE, kind="ld"),
 }
 
 
@@ -72,6 +79,8 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, dim)) if pe == "ape" else None
         self.pos_drop = nn.Dropout(dropout)
         make_rope = ENCODINGS[pe]
+        if pe == "mixed":  # its initialisation counts in patches
+            pe_options = {"grid": self.grid} | pe_options
         self.blocks = nn.ModuleList(
             Block(
                 dim,

@@ -8,29 +8,53 @@ from pathlib import Path
 import pytest
 import torch
 
+import comrope
+import liere
+from comrope import ComRoPE
+from liere import LieRE
 from rope_axial import AxialRoPE
+from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 
 ROOT = Path(__file__).parents[1]
 H, D, T = 3, 32, 7
 ENCODINGS = {
-    "axial": lambda **o: AxialRoPE(D, H, **o),
-    "axial-learned": lambda **o: AxialRoPE(D, H, learned=True, **o),
-    "uniform": lambda **o: AxialRoPE(D, H, uniform=True, **o),
-    "axial-1d": lambda **o: AxialRoPE(D, H, learned=True, pos_dim=1, **o),
-    "axial-3d": lambda **o: AxialRoPE(D, H, learned=True, pos_dim=3, **o),
-    "spherical": lambda **o: SphericalRoPE(D, H, **o),
-    "spherical-learned": lambda **o: SphericalRoPE(D, H, learned=True, **o),
+    "axial": lambda: AxialRoPE(D, H),
+    "axial-learned": lambda: AxialRoPE(D, H, learned=True),
+    "uniform": lambda: AxialRoPE(D, H, uniform=True),
+    "axial-1d": lambda: AxialRoPE(D, H, learned=True, pos_dim=1),
+    "axial-3d": lambda: AxialRoPE(D, H, learned=True, pos_dim=3),
+    "mixed": lambda: MixedRoPE(D, H),
+    "mixed-uniform": lambda: MixedRoPE(D, H, init="uniform"),
+    "mixed-3d": lambda: MixedRoPE(D, H, pos_dim=3),
+    "comrope-ap": lambda: ComRoPE(D, H, kind="ap"),
+    "comrope-ld": lambda: ComRoPE(D, H, kind="ld"),
+    "comrope-1d": lambda: ComRoPE(D, H, kind="ap", pos_dim=1),
+    "comrope-3d": lambda: ComRoPE(D, H, kind="ld", pos_dim=3, block_size=6),
+    "liere-2": lambda: LieRE(D, H, block_size=2),
+    "liere-1d": lambda: LieRE(D, H, pos_dim=1),
+    "spherical": lambda: SphericalRoPE(D, H),
+    "spherical-learned": lambda: SphericalRoPE(D, H, learned=True),
+    "liere": lambda: LieRE(D, H),
+    "liere-5": lambda: LieRE(D, H, block_size=5),
+    "liere-3d": lambda: LieRE(D, H, block_size=8, pos_dim=3),
 }
-EQUIVARIANT = [name for name in ENCODINGS if not name.startswith("spherical")]
+NOT_EQUIVARIANT = ["spherical", "spherical-learned", "liere", "liere-5", "liere-3d"]
+EQUIVARIANT = [name for name in ENCODINGS if name not in NOT_EQUIVARIANT]
 every_encoding = pytest.mark.parametrize("name", ENCODINGS)
+
+
+def pos_dim(rope):
+    if isinstance(rope, ComRoPE):
+        return len(rope.theta)
+    return (rope.generators if isinstance(rope, LieRE) else rope.freqs).shape[1]
 
 
 def make(name, dtype=torch.float64):
     """An encoding and a way to draw positions (..., T, M) for it."""
     torch.manual_seed(0)
     rope = ENCODINGS[name]().to(dtype)
-    return rope, lambda *shape: 3 * torch.randn(*shape, rope.freqs.shape[1], dtype=dtype)
+    return rope, lambda *shape: 3 * torch.randn(*shape, pos_dim(rope), dtype=dtype)
 
 
 def plane(i, j, angle):
@@ -41,19 +65,30 @@ def plane(i, j, angle):
     return R
 
 
-def dense(rope, p, head):
-    """R(p) for one position p (M,), as the product of rotations in single planes."""
-    w, R = rope.freqs[min(head, len(rope.freqs) - 1)], torch.eye(D, dtype=torch.float64)
-    axes, n = w.shape
-    for d in range(n):
-        if isinstance(rope, AxialRoPE):
-            for m in range(axes):
-                pair = m * n + d
-                R = R @ plane(pair, axes * n + pair, w[m, d] * p[m])
-        else:
-            yaw, roll = plane(d, n + d, w[0, d] * p[0]), plane(n + d, 2 * n + d, w[1, d] * p[1])
-            R = R @ yaw @ roll
-    return R
+def dense(rope, p, h):
+    """R(p) of head h for one position p (M,): a product of rotations in single planes, or torch's own exponential."""
+    R = torch.eye(D, dtype=torch.float64)
+    if isinstance(rope, LieRE):
+        U = sum(x * torch.block_diag(*blocks.triu(1)) for x, blocks in zip(p, rope.generators[h], strict=True))
+        used = len(U)
+        R[:used, :used] = torch.matrix_exp(U - U.mT)
+    elif isinstance(rope, ComRoPE):
+        for j, P in enumerate(rope.blocks[h]):
+            c = p[j % len(p)] if rope.kind == "ap" else sum(t * x for t, x in zip(rope.theta[:, j], p, strict=True))
+            block = slice(j * len(P), (j + 1) * len(P))
+            R[block, block] = torch.matrix_exp(c * (P - P.mT))
+    else:
+        w = rope.freqs[min(h, len(rope.freqs) - 1)]
+        M, n = w.shape
+        for d in range(n):
+            if isinstance(rope, AxialRoPE):
+                for m in range(M):
+                    R = R @ plane(m * n + d, M * n + m * n + d, w[m, d] * p[m])
+            elif isinstance(rope, MixedRoPE):
+                R = R @ plane(d, n + d, w[:, d] @ p)
+            else:
+                R = R @ plane(d, n + d, w[0, d] * p[0]) @ plane(n + d, 2 * n + d, w[1, d] * p[1])  # yaw after roll
+    return R.detach()
 
 
 @every_encoding
@@ -91,8 +126,8 @@ def test_scores_know_the_difference_of_positions_only(name):
     assert equivariance_error(name) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["spherical", "spherical-learned"])
-def test_spherical_is_not_equivariant(name):
+@pytest.mark.parametrize("name", NOT_EQUIVARIANT)
+def test_spherical_and_liere_are_not_equivariant(name):
     assert equivariance_error(name) > 0.1
 
 
@@ -105,26 +140,6 @@ def test_spherical_with_a_zero_frequency_is_equivariant_in_the_other_direction(a
     assert (rope.rotation(p).mT @ rope.rotation(q) - rope.rotation(q - p)).abs().max() < 1e-10
 
 
-def mixed_difference(name):
-    """How far scores are from f(x) + g(y): s(x, y) - s(x, 0) - s(0, y) + s(0, 0), with the query at the origin."""
-    rope, _ = make(name)
-    x, y = torch.tensor([1.3, 0.0], dtype=torch.float64), torch.tensor([0.0, -0.7], dtype=torch.float64)
-    pos = torch.stack([x + y, x, y, 0 * x])
-    q, k = torch.randn(2, 1, H, 1, D, dtype=torch.float64).expand(-1, -1, -1, 4, -1)
-    q, k = rope(q, k, pos)
-    score = (q[:, :, 3:] * k).sum(-1)
-    return (score * torch.tensor([1, -1, -1, 1])).sum(-1).abs().max()
-
-
-@pytest.mark.parametrize("name", ["axial", "axial-learned", "uniform"])
-def test_axial_scores_split_into_x_and_y(name):
-    assert mixed_difference(name) < 1e-12
-
-
-def test_spherical_scores_do_not_split():
-    assert mixed_difference("spherical") > 0.1
-
-
 @pytest.mark.parametrize("head_dim", [6, 60, 63, 64])
 def test_fixed_frequencies(head_dim):
     def ladder(n):
@@ -135,12 +150,50 @@ def test_fixed_frequencies(head_dim):
     assert torch.equal(AxialRoPE(head_dim, H, uniform=True).freqs, torch.ones(1, 2, head_dim // 4))
 
 
-def test_frequencies_are_parameters_if_learned_and_no_part_of_a_checkpoint_if_not():
-    for make_rope, n in (AxialRoPE, D // 4), (SphericalRoPE, D // 3):
-        assert not make_rope(D, H).state_dict()
-        assert [(k, v.shape) for k, v in make_rope(D, H, learned=True).named_parameters()] == [("freqs", (H, 2, n))]
-        freqs = make_rope(600, 100, learned=True).freqs
+@pytest.mark.parametrize(
+    "make, shapes",
+    [
+        (lambda: AxialRoPE(D, H), {}),
+        (lambda: AxialRoPE(D, H, learned=True), {"freqs": (H, 2, D // 4)}),
+        (lambda: MixedRoPE(D, H), {"freqs": (H, 2, D // 2)}),
+        (lambda: SphericalRoPE(D, H), {}),
+        (lambda: SphericalRoPE(D, H, learned=True), {"freqs": (H, 2, D // 3)}),
+        (lambda: LieRE(D, H), {"generators": (H, 2, 1, D, D)}),
+        (lambda: LieRE(D, H, block_size=5), {"generators": (H, 2, D // 5, 5, 5)}),
+        (lambda: ComRoPE(D, H, kind="ap"), {"blocks": (H, D // 8, 8, 8)}),
+        (lambda: ComRoPE(D, H, kind="ld"), {"blocks": (H, D // 8, 8, 8), "theta": (2, D // 8)}),
+    ],
+)
+def test_what_is_learned_is_a_parameter_and_what_is_fixed_is_in_no_checkpoint(make, shapes):
+    rope = make()
+    assert {name: p.shape for name, p in rope.named_parameters()} == shapes
+    assert {name: p.shape for name, p in rope.state_dict().items()} == shapes
+
+
+def test_initialisations():
+    torch.manual_seed(0)
+    for freqs in (
+        AxialRoPE(600, 100, learned=True).freqs,
+        SphericalRoPE(600, 100, learned=True).freqs,
+        MixedRoPE(600, 100, init="uniform").freqs,
+        LieRE(60, 100).generators[..., *torch.triu_indices(60, 60, 1)],
+    ):
         assert 0 <= freqs.min() < 0.01 and 0.99 < freqs.max() < 1 and abs(freqs.mean() - 0.5) < 0.01
+    comrope = ComRoPE(800, 100)
+    assert abs(comrope.blocks.std() * 2 * torch.pi - 1) < 0.01 and abs(comrope.blocks.mean()) < 0.001
+    assert abs(ComRoPE(80_000, 1).theta.std() - 1) < 0.02
+
+
+def test_mixed_begins_with_two_orthogonal_directions_a_head_and_a_ladder_of_magnitudes_along_each():
+    torch.manual_seed(0)
+    w = MixedRoPE(64, 500, grid=14).freqs.unflatten(-1, (2, 16)).permute(0, 2, 3, 1)  # (H, direction, d, 2)
+    ladder = torch.tensor([10 ** (-4 * d / 64) for d in range(16)]) * 13 / (2 * torch.pi)
+    torch.testing.assert_close(w.norm(dim=-1), ladder.expand(500, 2, 16))
+    a, b = (w / w.norm(dim=-1, keepdim=True)).unbind(1)
+    torch.testing.assert_close(a, a[:, :1].expand_as(a))
+    torch.testing.assert_close(b, torch.stack([-a[..., 1], a[..., 0]], dim=-1))  # a quarter turn on
+    angle = torch.atan2(a[:, 0, 1], a[:, 0, 0])
+    assert torch.histc(angle, 8, -torch.pi, torch.pi).min() > 35  # any direction is as likely
 
 
 @every_encoding
@@ -152,7 +205,7 @@ def test_gradients_agree_with_finite_differences(name):
     def turned(q, k, *values):
         return torch.func.functional_call(rope, dict(zip(names, values, strict=True)), (q, k, pos))
 
-    assert torch.autograd.gradcheck(turned, (q, k, *values))
+    assert torch.autograd.gradcheck(turned, (q, k, *values), fast_mode=True)
 
 
 @every_encoding
@@ -171,17 +224,19 @@ def test_each_image_of_a_batch_can_have_its_own_positions(name):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_dtype_and_shape_come_back_and_angles_are_precise(name, dtype, autocast):
     rope, draw = make(name, torch.float32)
-    pos, q, k = 10 * draw(T), *torch.randn(2, 2, H, T, D).to(dtype)
+    pos, q, k = draw(T), *torch.randn(2, 2, H, T, D).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = rope(q, k, pos)
     exact = rope.double()(q.double(), k.double(), pos.double())
     for g, e in zip(got, exact, strict=True):
         assert g.dtype == dtype and g.shape == q.shape
-        # half a unit in the last place for rounding the result, and angles of up to 100 in float32 at the least
-        torch.testing.assert_close(g.double(), e, rtol=torch.finfo(dtype).eps, atol=2e-5)
+        # a unit in the last place of the result, and what angles of dozens of radians have in float32
+        torch.testing.assert_close(g.double(), e, rtol=torch.finfo(dtype).eps, atol=5e-5)
 
 
-@every_encoding
+@pytest.mark.parametrize(
+    "name", ["axial", "axial-3d", "mixed", "spherical-learned", "comrope-ap", "comrope-ld", "liere", "liere-5"]
+)
 def test_compiles_into_one_graph_that_serves_every_image_size(name):
     rope, draw = make(name, torch.float32)
     torch._dynamo.reset()
@@ -193,20 +248,77 @@ def test_compiles_into_one_graph_that_serves_every_image_size(name):
                 torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", ["spherical", "axial"])
-def test_a_moved_or_changed_module_is_never_stale(name):
+@every_encoding
+def test_a_changed_parameter_or_dtype_is_never_stale(name):
     rope, draw = make(name)
     pos = draw(T)
     before = rope.rotation(pos)
-    rope.freqs.data *= 2
-    assert (rope.rotation(pos) - before).abs().max() > 0.1
+    for p in [*rope.parameters(), *rope.buffers()][:1]:
+        p.data *= 2
     torch.testing.assert_close(rope.rotation(pos / 2), before)
+    torch.testing.assert_close(rope.float().rotation(pos.float() / 2), before.float(), rtol=0, atol=1e-4)
+
+
+def test_positions_that_repeat_or_mirror_are_rotated_as_if_each_were_alone():
+    """LieRE and ComRoPE exponentiate each position once, and p with -p."""
+    grid = torch.cartesian_prod(*[torch.linspace(-3, 3, 6, dtype=torch.float64)] * 2)
+    pos = torch.cat([torch.zeros(1, 2, dtype=torch.float64), grid, grid[:5], -grid[3:8]])
+    for name in "liere", "liere-5", "comrope-ap", "comrope-ld":
+        rope, _ = make(name)
+        R = torch.stack([torch.stack([dense(rope, p, h) for p in pos]) for h in range(H)])
+        torch.testing.assert_close(rope.rotation(pos), R, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rope.rotation(pos.expand(2, -1, -1))[1], R, rtol=0, atol=1e-12)
+
+
+def skew(b, norm):
+    U = torch.rand(20, b, b, dtype=torch.float64).triu(1)
+    A = U - U.mT
+    return A * norm / torch.linalg.matrix_norm(A, 2)[:, None, None]
+
+
+@pytest.mark.parametrize("skew_exp", [liere.skew_exp, comrope.skew_exp])
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "b, norm, atol", [(64, 300, 1e-4), (64, 65, 1e-5), (8, 300, 1e-4), (8, 4, 1e-6), (8, 1e-4, 1e-7)]
+)
+def test_the_exponential_is_right_and_orthogonal_in_float32(skew_exp, how, b, norm, atol):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    if how == "compiled":
+        skew_exp = torch.compile(skew_exp, fullgraph=True, backend="eager")
+    A = skew(b, norm).float()
+    R = skew_exp(A).double()
+    assert (R - torch.matrix_exp(A.double())).abs().max() < atol
+    assert (R.mT @ R - torch.eye(b)).abs().max() < atol
+    assert (skew_exp(A.double()) - torch.matrix_exp(A.double())).abs().max() < 1e-11
+
+
+def test_the_exponential_has_the_gradient_of_torchs_own_and_one_at_zero():
+    torch.manual_seed(0)
+    for A in skew(6, 20), 0 * skew(6, 1):
+        A.requires_grad_()
+        W = torch.randn_like(A)
+        ours, torchs = (torch.autograd.grad((exp(A) * W).sum(), A)[0] for exp in (liere.skew_exp, torch.matrix_exp))
+        torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
     "wrong, says",
     [
         (lambda: SphericalRoPE(2, 1), "at least 3"),
+        (lambda: MixedRoPE(1, 1), "at least 2"),
+        (lambda: MixedRoPE(8, 1, init="heo2"), "'heo' or 'uniform', got 'heo2'"),
+        (lambda: LieRE(8, 1, block_size=1), "from 2 to head_dim = 8, got 1"),
+        (lambda: LieRE(8, 1, block_size=9), "from 2 to head_dim = 8, got 9"),
+        (lambda: ComRoPE(8, 1, block_size=1), "from 2 to head_dim = 8, got 1"),
+        (lambda: ComRoPE(8, 1, block_size=9), "from 2 to head_dim = 8, got 9"),
+        (lambda: ComRoPE(8, 1, kind="apd"), "'ap' or 'ld', got 'apd'"),
+        (lambda: MixedRoPE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),
+        (lambda: LieRE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),
+        (lambda: ComRoPE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),
+        (lambda: MixedRoPE(8, 2)(*torch.zeros(2, 1, 3, 5, 8), torch.zeros(5, 2)), r"q must be \(B, 2, T, 8\)"),
+        (lambda: LieRE(8, 2)(*torch.zeros(2, 1, 3, 5, 8), torch.zeros(5, 2)), r"q must be \(B, 2, T, 8\)"),
+        (lambda: ComRoPE(8, 2)(*torch.zeros(2, 1, 3, 5, 8), torch.zeros(5, 2)), r"q must be \(B, 2, T, 8\)"),
         (lambda: AxialRoPE(3, 1), "at least 2 \\* pos_dim = 4"),
         (lambda: AxialRoPE(8, 1, learned=True, uniform=True), "not both"),
         (lambda: AxialRoPE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),
@@ -220,16 +332,17 @@ def test_a_wrong_argument_is_told_what_would_be_right(wrong, says):
         wrong()
 
 
-@pytest.mark.parametrize("file, cls", [("rope_axial.py", "AxialRoPE"), ("rope_spherical.py", "SphericalRoPE")])
-def test_a_file_copied_alone_works_and_shows_its_property(file, cls, tmp_path):
+@pytest.mark.parametrize("cls", [AxialRoPE, MixedRoPE, SphericalRoPE, LieRE, ComRoPE])
+def test_a_file_copied_alone_works_and_shows_its_property(cls, tmp_path):
+    file, cls = f"{cls.__module__}.py", cls.__name__
     shutil.copy(ROOT / file, tmp_path)
-    shown = subprocess.run([sys.executable, file], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "orthogonal" in shown and "equivariant" in shown
     use = (
         f"import torch; from {file[:-3]} import {cls}; q = torch.randn(2, 4, 9, 64); pos = torch.randn(9, 2)\n"
-        f"a, b = {cls}(head_dim=64, num_heads=4)(q, q, pos); assert torch.equal(a, b) and a.shape == q.shape"
+        f"a, b = {cls}(head_dim=64, num_heads=4)(q, q, pos); assert torch.equal(a, b) and a.shape == q.shape\n"
+        f"import runpy; runpy.run_path('{file}', run_name='__main__')"
     )
-    subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True)
+    run = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "orthogonal" in run.stdout and "equivariant" in run.stdout
 
 
 def test_repr_tells_what_it_is():

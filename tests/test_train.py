@@ -182,6 +182,10 @@ def bad(capsys, *flags):
         ("--weight-decay -1", ["0 or more"]),
         ("--fraction 1.5", ["above 0, 1 at most"]),
         ("--fraction 0.5", ["leave --fraction out"]),
+        ("--block-size 8", ["--pe spherical has no blocks", "liere, comrope-ap or comrope-ld"]),
+        ("--block-size 1", ["2 or more"]),
+        ("--block-size 13 --pe liere", ["from 2 to head_dim = 12"]),
+        ("--jitter 1 --pe ape", ["--pe ape is told no positions"]),
         ("--seed -1", ["--seed", "0 or more"]),
         ("--resume", ["no runs/bearing-spherical-s0/last.pt", "leave --resume out"]),
         ("--epoch 3", ["--epoch"]),
@@ -305,6 +309,33 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert lr[0] == pytest.approx(1 / 51) and lr[49] == pytest.approx(50 / 51) and lr[50] == 1
     assert lr[275] == pytest.approx(0.5) and 0 < lr[-1] < 1e-4
     assert lr[50:] == sorted(lr[50:], reverse=True)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_jitter_keeps_every_patch_within_itself_and_the_class_token_in_place(prefix):
+    torch.manual_seed(0)
+    model = train.ViT("axial", depth=1, pool="cls" if prefix else "mean")
+    patch, pos = 2 * torch.pi / 7, model.positions(8, 8)
+    moves = torch.stack([train.jittered(model, 0.2) - pos for _ in range(200)]) / patch
+    assert not moves[:, :prefix].any()
+    assert abs(moves[:, prefix:].std() - 0.2) < 0.01 and 0.4999 < moves.abs().max() < 0.5001
+    far = (train.jittered(model, 1e6) - pos)[prefix:] / patch
+    torch.testing.assert_close(far.abs(), torch.full_like(far, 0.5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pe", ["axial", "mixed", "spherical", "liere", "comrope-ap", "comrope-ld"])
+def test_every_encoding_trains_with_jitter_and_resumes(pe):
+    flags = ["--pe", pe, "--jitter", "1", "--epochs", "1"]
+    assert run("--out", "a", *flags) == 0 and run("--out", "b", *flags) == 0
+    assert_same_end("a", "b")
+    assert run("--out", "c", *flags[:2], "--epochs", "1") == 0
+    assert not torch.equal(weights("a")["model"]["head.weight"], weights("c")["model"]["head.weight"])
+
+
+def test_block_size_reaches_the_encoding():
+    assert run("--pe", "liere", "--block-size", "5", "--epochs", "1") == 0
+    shape = weights("runs/bearing-liere-s0")["model"]["blocks.0.attn.rope.generators"].shape
+    assert shape == (2, 2, 2, 5, 5)
 
 
 def test_bfloat16_autocast_trains_on_a_cpu_too():
