@@ -17,8 +17,8 @@ P = 0 makes R = I: a model that was trained without it can be given ComRoPE, and
 Channel order: block after block, then what no block needs, which passes unrotated.
 
 The exponential is what costs. exp(theta_1 x B + theta_2 y B) = exp(theta_1 x B) exp(theta_2 y B), so it is taken of a
-grid's coordinates, not of its points: once of each that is different, and of x for -x too, since exp(-A) = exp(A)^T.
-What is different is found on the host, so not under torch.compile, which takes it of all points.
+grid's coordinates, not of its points: once of each distinct one, and of x for -x too, since exp(-A) = exp(A)^T. How
+many there are depends on the data, which no compiled graph should wait for: torch.compile has it taken of all points.
 """
 
 import math
@@ -38,6 +38,8 @@ class ComRoPE(nn.Module):
         if not 2 <= block_size <= head_dim:
             raise ValueError(f"block_size must be from 2 to head_dim = {head_dim}, got {block_size}")
         K, b = head_dim // block_size, block_size
+        if kind == "ap" and pos_dim > K:
+            raise ValueError(f"head_dim must be at least pos_dim * block_size = {pos_dim * b} for 'ap', got {head_dim}")
         self.head_dim, self.num_heads, self.kind, self.block_size = head_dim, num_heads, kind, b
         self.blocks = nn.Parameter(torch.randn(num_heads, K, b, b) / (2 * math.pi))
         if kind == "ld":
@@ -82,7 +84,7 @@ class ComRoPE(nn.Module):
 
 
 def distinct(pos):
-    """pos (..., M) -> those in it, (N, M), p and -p taken as one, and for each which one it is, plus N for -p (...)."""
+    """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n]."""
     sign = pos.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # of the first coordinate that is not 0
     key = 0
@@ -101,7 +103,7 @@ def skew_exp(A):
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     loses nothing of a small X, so that one s serves all norms up to the largest. Squared, a spectral norm is at most
     A^2's Frobenius norm / sqrt(2), as eigenvalues come in pairs. To read that off makes the host wait for a GPU: a
-    compiled graph allows for norms up to 400 instead.
+    compiled graph allows for norms up to 400 instead. (Float32 has to be that: TF32 products would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A

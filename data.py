@@ -109,11 +109,15 @@ class CIFAR100(Dataset):
         folder = cifar100_folder(Path(root))
         super().__init__(batch_size, device, *read_cifar100(folder / "test"))
         images, labels = read_cifar100(folder / "train")
-        part = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: round(fraction * len(images))]
+        part = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[
+            : max(1, round(fraction * len(images)))
+        ]
         self.images, self.labels, self.seed = images[part].to(device), labels[part].to(device), seed
 
     def train_batch(self, step):
-        i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed)).to(self.device)
+        i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
+        if self.images.is_cuda:  # a copy from pinned memory is one that the host need not wait for
+            i = i.pin_memory().to(self.device, non_blocking=True)
         return self.normalise(flip_and_crop(self.images[i], self.padding)), self.labels[i]
 
 
@@ -170,7 +174,10 @@ def download(url, expected_md5, path):
             path.parent.mkdir(parents=True, exist_ok=True)
             size = int(reply.headers.get("Content-Length", 0)) or None
             with replacing(path) as tmp:
-                with open(tmp, "wb") as f, tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
+                with (
+                    open(tmp, "wb") as f,
+                    tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar,
+                ):
                     while chunk := reply.read(1 << 20):
                         f.write(chunk)
                         bar.update(len(chunk))

@@ -5,7 +5,7 @@ A token at position p = (x, y) turns its query and key by the exponential of a s
     R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head
 
     orthogonal         R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
-    not equivariant    R(p)^T R(q) is R(q - p) only if A_x A_y = A_y A_x, as blocks of 2 have it, but no others need
+    not equivariant    R(p)^T R(q) = R(q - p) only if A_x A_y = A_y A_x: always in blocks of 2, rarely in larger ones
     oblique            a block mixes x and y as it likes
 
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
@@ -15,9 +15,9 @@ begins in U[0, 1), in radians per unit of position, on a grid that spans [-pi, p
 
 Channel order: block after block, then what no block needs, which passes unrotated. (arXiv 2406.10322)
 
-The exponential is what costs. It is taken once of each position that is different, and of p for -p too, since
-R(-p) = R(p)^T: on a symmetric grid that halves the work. What is different is found on the host, so not under
-torch.compile, which takes it of all positions.
+The exponential is what costs. It is taken once of each distinct position, and of p for -p too, since R(-p) = R(p)^T: on
+a symmetric grid that halves the work. How many there are depends on the data, which no compiled graph should wait for:
+torch.compile has it taken of all positions.
 """
 
 import math
@@ -72,7 +72,7 @@ class LieRE(nn.Module):
 
 
 def distinct(pos):
-    """pos (..., M) -> those in it, (N, M), p and -p taken as one, and for each which one it is, plus N for -p (...)."""
+    """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n]."""
     sign = pos.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # of the first coordinate that is not 0
     key = 0
@@ -91,7 +91,7 @@ def skew_exp(A):
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     loses nothing of a small X, so that one s serves all norms up to the largest. Squared, a spectral norm is at most
     A^2's Frobenius norm / sqrt(2), as eigenvalues come in pairs. To read that off makes the host wait for a GPU: a
-    compiled graph allows for norms up to 400 instead.
+    compiled graph allows for norms up to 400 instead. (Float32 has to be that: TF32 products would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A

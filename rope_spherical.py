@@ -64,6 +64,13 @@ class SphericalRoPE(nn.Module):
             raise ValueError(f"pos must be (..., T, 2), got {tuple(pos.shape)}")
         return pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]
 
+    def _apply(self, fn, recurse=True):
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        if not self.learned and not exact.is_meta:  # .bfloat16() and the like must not round fixed frequencies
+            self.freqs = exact.to(self.freqs.device)
+        return self
+
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, learned={self.learned}"
 

@@ -1,6 +1,6 @@
 """Train a small ViT with the position encoding of your choice.
 
-    python train.py --pe spherical --dataset bearing    # about a minute on a laptop's CPU, nothing to download
+    python train.py --pe spherical --dataset bearing    # a minute or two on a laptop's CPU, nothing to download
     python train.py --pe spherical                      # CIFAR-100, which wants a GPU
 
 A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row an epoch), curves.png, last.pt and, at its end,
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +53,26 @@ def main(argv=None):
     try:
         model, data, optimizer, state = set_up(args)
     except (DataError, OSError, ValueError) as e:  # what a user can mend
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return failed(e, 2)
     except KeyboardInterrupt:
         print("Stopped before the training began.", file=sys.stderr)
         return 130
     try:
-        try:
-            train(args, model, data, optimizer, state)
-        except KeyboardInterrupt:
-            save(args, model, optimizer, state)
+        if not train(args, model, data, optimizer, state):
             print(f"Stopped after step {state['step']}. To go on: {command(resume=True)}", file=sys.stderr)
             return 130
     except Diverged as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return failed(e, 1)
+    except torch.OutOfMemoryError:
+        return failed(f"the GPU's memory is full: try a --batch-size below {args.batch_size}", 2)
+    except OSError as e:
+        return failed(f"cannot write to {args.out} ({e.strerror}): make room, and go on with --resume", 2)
     return 0
+
+
+def failed(why, code):
+    print(f"error: {why}", file=sys.stderr)
+    return code
 
 
 def parse_args(argv):
@@ -94,7 +98,7 @@ def parse_args(argv):
     add("--opt", choices=["adamw"], default="adamw", help="optimizer (%(default)s)")
     add_from_recipe("--lr", number(float), "highest learning rate")
     add("--weight-decay", type=number(float, least=0), default=0.05, help="of linear maps (%(default)s)")
-    add_from_recipe("--warmup-epochs", number(float, least=0), "linear warm-up, at most a fifth of the epochs")
+    add_from_recipe("--warmup-epochs", number(float, least=0), "epochs of linear warm-up, at most a fifth of all")
     add_from_recipe("--depth", number(int, least=1), "blocks")
     add_from_recipe("--heads", number(int, least=1), "attention heads")
     add_from_recipe("--head-dim", number(int, least=1), "channels a head")
@@ -123,20 +127,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def number(kind, least=None, most=None):
+def number(kind, least=None, most=math.inf):
     """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
 
     def parse(text):
         try:
             value = kind(text)
-            good = (
-                math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= (most or value)
-            )
+            good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
         except ValueError:
             good = False
         if not good:
-            limits = ("above 0" if least is None else f"{least} or more") + (f", {most} at most" if most else "")
-            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if kind is int else 'a number'} of {limits}")
+            limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
+            )
         return value
 
     return parse
@@ -146,11 +150,11 @@ def set_up(args):
     """All that a run needs -> model, data, optimizer, state. Nothing is written before everything is found right."""
     device, dataset = usable_device(args.device), DATASETS[args.dataset]
     if args.block_size and not args.pe.startswith(("liere", "comrope")):
-        raise DataError(
+        raise ValueError(
             f"--pe {args.pe} has no blocks: leave --block-size out, or take liere, comrope-ap or comrope-ld"
         )
     if args.jitter and args.pe in ("none", "ape"):
-        raise DataError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
+        raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
     reseed(args.seed, 0)
     model = ViT(
         args.pe,
@@ -165,19 +169,21 @@ def set_up(args):
     ).to(device)
     optimizer = make_optimizer(args, model)
     # What a run is beside weights and optimizer. totals: steps, loss, hits and gradient norm, summed over this epoch.
-    state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
+    state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device), "made": environment(args)}
     if args.resume:
         load(args, model, optimizer, state)
     elif (args.out / "last.pt").exists():
-        raise DataError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
+        raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
     if device.type == "cpu" and args.dataset == "cifar100":
-        estimate(args, model, dataset)
+        estimate(args, model, dataset, args.epochs - len(state["log"]))
     data = dataset(args.data_dir, batch_size=args.batch_size, seed=args.seed, fraction=args.fraction, device=device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(args.out / "config.json", config(args) | environment(args))
+        if not args.resume:
+            write_json(args.out / "config.json", vars(args) | state["made"])
+            (args.out / "result.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
     except OSError as e:
-        raise DataError(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out") from e
+        raise ValueError(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out") from e
     if args.compile:
         model.compile()
     return model, data, optimizer, state
@@ -187,7 +193,7 @@ def usable_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise DataError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+        raise ValueError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
 
 
 def first_line(error):
@@ -209,69 +215,85 @@ def make_optimizer(args, model):
     return torch.optim.AdamW(groups, fused=True)
 
 
-def estimate(args, model, dataset):
-    """Say how long the whole run will take on this CPU, going by one step with a few images."""
+def estimate(args, model, dataset, epochs):
+    """Say how long the run will take on this CPU, going by one step with a few images."""
     images = torch.zeros(16, 3, dataset.img_size, dataset.img_size)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         with autocast(args):
             model(images).sum().backward()
-        seconds = (time.perf_counter() - start) / len(images) * dataset.train_size * args.epochs
+        seconds = (time.perf_counter() - start) / len(images) * dataset.train_size * epochs
     model.zero_grad()
     size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds > s or s == 60)
-    print(f"On this CPU {args.epochs} epochs will take about {seconds / size:.1f} {unit}.", end=" ")
-    print(f"In about a minute you can have: python train.py --pe {args.pe} --dataset bearing", flush=True)
+    print(f"On this CPU {epochs} epochs will take about {seconds / size:.1f} {unit}.", end=" ")
+    print(f"For a result in a minute or two: python train.py --pe {args.pe} --dataset bearing", flush=True)
 
 
 def train(args, model, data, optimizer, state):
-    """Train from `state` to the end, and write the result.
+    """Train from `state` to the end, and write the result. False if Ctrl-C came first; all is saved then.
 
-    Wherever this is interrupted, model, optimizer and state belong together: they change in one piece after each step.
+    Wherever Ctrl-C comes, model, optimizer and state belong together: they change in one piece after each step.
     """
     steps_per_epoch = max(1, data.train_size // args.batch_size)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {device_name(args)}, to {args.out}/")
     images = args.epochs * steps_per_epoch * args.batch_size
-    saved = shown = time.perf_counter()
     with tqdm(total=images, initial=state["step"] * args.batch_size, unit="img", unit_scale=True, disable=None) as bar:
-        while (epoch := len(state["log"])) < args.epochs:
-            if state["step"] < (epoch + 1) * steps_per_epoch:
-                train_step(args, model, data, optimizer, state, steps_per_epoch)
-                bar.update(args.batch_size)
-                if time.perf_counter() - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
-                    shown = time.perf_counter()
-                    loss, hits = epoch_means(args, state)
-                    bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-                    bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
-            else:
-                row = finish_epoch(args, model, data, optimizer, state)
-                tqdm.write(
-                    "epoch {epoch:3}   loss {train_loss:.3f}   training {train_accuracy:5.2f} %   "
-                    "test {test_accuracy:5.2f} %   {seconds:.0f} s".format(**row)
-                )
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS or len(state["log"]) == args.epochs:
+        try:
+            run(args, model, data, optimizer, state, steps_per_epoch, bar)
+        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):  # another Ctrl-C does not hinder the saving
                 save(args, model, optimizer, state)
-                saved = time.perf_counter()
+            return False
 
-    result = {
-        "pe": args.pe,
-        "dataset": args.dataset,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "test_accuracy": state["log"][-1]["test_accuracy"],
-        "train_seconds": round(state["seconds"], 2),
-        "images_per_second": round(images / state["seconds"], 1),
-        "parameters": parameters,
-    }
-    write_json(args.out / "result.json", result | environment(args))
+    result_path = args.out / "result.json"
+    if not result_path.exists():  # else this resumed a finished run
+        result = {
+            "pe": args.pe,
+            "dataset": args.dataset,
+            "seed": args.seed,
+            "epochs": args.epochs,
+            "test_accuracy": state["log"][-1]["test_accuracy"],
+            "train_seconds": round(state["seconds"], 2),
+            "images_per_second": round(images / state["seconds"], 1),
+            "parameters": parameters,
+        }
+        write_json(result_path, result | state["made"])
     print(
-        f"{args.pe} on {args.dataset}, seed {args.seed}: {result['test_accuracy']} % of the test images right after "
-        f"{args.epochs} epochs; {result['train_seconds']:.0f} s of training, {result['images_per_second']:.0f} images/s"
+        "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
+        "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(
+            **json.loads(result_path.read_text())
+        )
     )
+    return True
+
+
+def run(args, model, data, optimizer, state, steps_per_epoch, bar):
+    """Step after step, epoch after epoch."""
+    saved = shown = time.perf_counter()
+    while (epoch := len(state["log"])) < args.epochs:
+        start = time.perf_counter()
+        if state["step"] < (epoch + 1) * steps_per_epoch:
+            train_step(args, model, data, optimizer, state, steps_per_epoch)
+            bar.update(args.batch_size)
+            if start - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
+                shown = start
+                loss, hits = epoch_means(args, state)
+                bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
+            state["seconds"] += time.perf_counter() - start
+        else:
+            row = finish_epoch(args, model, data, optimizer, state)
+            tqdm.write(
+                f"epoch {row['epoch']:3}   loss {row['train_loss']:.3f}   training {row['train_accuracy']:.2f} %   "
+                f"test {row['test_accuracy']:.2f} %   {row['seconds']:.0f} s"
+            )
+        if time.perf_counter() - saved > CHECKPOINT_SECONDS or len(state["log"]) == args.epochs:
+            save(args, model, optimizer, state)
+            saved = time.perf_counter()
 
 
 def train_step(args, model, data, optimizer, state, steps_per_epoch):
-    start = time.perf_counter()
     model.train()
     reseed(args.seed, 1 + state["step"])
     images, labels = data.train_batch(state["step"])
@@ -288,7 +310,6 @@ def train_step(args, model, data, optimizer, state, steps_per_epoch):
         optimizer.zero_grad()
         state["totals"] += torch.stack([torch.ones_like(norm), loss.detach(), hits, norm])
         state["step"] += 1
-        state["seconds"] += time.perf_counter() - start
 
 
 def jittered(model, sigma):
@@ -356,7 +377,7 @@ def accuracy(args, model, data):
     for images, labels in data.test_batches():
         with autocast(args):
             hits += (model(images).argmax(dim=1) == labels).sum()
-    return hits.item() / data.test_size
+    return hits.item() / len(data.test_labels)
 
 
 def autocast(args):
@@ -378,8 +399,8 @@ def uninterrupted():
 
 def save(args, model, optimizer, state):
     """Write last.pt and curves.png, unless the run has diverged."""
-    epoch_means(args, state)
     with uninterrupted():
+        epoch_means(args, state)
         with replacing(args.out / "last.pt") as tmp:
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"config": config(args)} | weights | state, tmp)
@@ -391,7 +412,7 @@ def load(args, model, optimizer, state):
     """Go on where last.pt is: fill in model, optimizer and state, or raise a DataError that says why not."""
     path = args.out / "last.pt"
     if not path.exists():
-        raise DataError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
+        raise ValueError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
     try:
         saved = torch.load(path, map_location=args.device, weights_only=True)
         was, now = saved["config"], config(args)
@@ -400,10 +421,12 @@ def load(args, model, optimizer, state):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             state.update((name, saved[name]) for name in state)
+    except (OSError, torch.OutOfMemoryError):
+        raise
     except Exception as e:  # a damaged file can fail in any way
-        raise DataError(f"{path} is damaged ({first_line(e)}): delete it and begin without --resume") from e
+        raise ValueError(f"{path} is damaged ({first_line(e)}): delete it and begin without --resume") from e
     if changed:
-        raise DataError(f"{path} is of another configuration: {', '.join(changed)}")
+        raise ValueError(f"{path} is of another configuration: {', '.join(changed)}")
 
 
 def config(args):
@@ -418,7 +441,7 @@ def environment(args):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # no git, or not a checkout
-    return {"device": device_name(args), "torch": torch.__version__, "commit": commit, "command": command()}
+    return {"device": device_name(args), "torch": str(torch.__version__), "commit": commit, "command": command()}
 
 
 def device_name(args):
@@ -434,7 +457,7 @@ def command(resume=False):
 
 def write_json(path, content):
     with replacing(path) as tmp:
-        tmp.write_text(json.dumps(content, indent=2) + "\n")
+        tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def plot(args, log):
@@ -458,4 +481,5 @@ def plot(args, log):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each epoch when it is done
     sys.exit(main())

@@ -1,8 +1,8 @@
 """A small Vision Transformer, and the table of position encodings by name.
 
 The model is the usual one (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, LayerScale,
-stochastic depth. Parameters have timm's names, so that a timm ViT's state dict loads as it is; what is computed without
-an encoding is timm's, too.
+stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state dict loads as it is, and computes what
+it did there. (timm's global_pool="avg" is pool="mean" if it was built with class_token=False.)
 
 A rotary encoding turns q and k inside each attention and is told where the tokens are. The grid of patches of a
 training image spans [-pi, pi] on each axis, end points included; the class token sits at 0, where every rotation is the
@@ -79,6 +79,8 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, dim)) if pe == "ape" else None
         self.pos_drop = nn.Dropout(dropout)
         make_rope = ENCODINGS[pe]
+        if make_rope is None and pe_options:
+            raise TypeError(f"{pe} has no options, got {', '.join(pe_options)}")
         if pe == "mixed":  # its initialisation counts in patches
             pe_options = {"grid": self.grid} | pe_options
         self.blocks = nn.ModuleList(
@@ -209,7 +211,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim, init):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x):
         return x * self.gamma

@@ -259,6 +259,25 @@ def test_a_changed_parameter_or_dtype_is_never_stale(name):
     torch.testing.assert_close(rope.float().rotation(pos.float() / 2), before.float(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["axial", "uniform", "spherical"])
+def test_a_bfloat16_model_keeps_its_fixed_frequencies_exact(name):
+    rope, draw = make(name)
+    pos, q = 4 * draw(T), torch.randn(1, H, T, D, dtype=torch.bfloat16)
+    exact, _ = rope(q.double(), q.double(), pos)
+    got, _ = rope.bfloat16()(q, q, pos.float())
+    torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-4)
+    with torch.device("meta"):
+        on_meta = ENCODINGS[name]()
+    assert on_meta.to_empty(device="cpu").freqs.device.type == "cpu"
+
+
+@every_encoding
+def test_positions_can_be_learned(name):
+    rope, draw = make(name)
+    pos, q = draw(3).requires_grad_(), torch.randn(1, H, 3, D, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda pos: rope(q, q, pos), (pos,), fast_mode=True)
+
+
 def test_positions_that_repeat_or_mirror_are_rotated_as_if_each_were_alone():
     """LieRE and ComRoPE exponentiate each position once, and p with -p."""
     grid = torch.cartesian_prod(*[torch.linspace(-3, 3, 6, dtype=torch.float64)] * 2)
@@ -312,6 +331,7 @@ def test_the_exponential_has_the_gradient_of_torchs_own_and_one_at_zero():
         (lambda: LieRE(8, 1, block_size=9), "from 2 to head_dim = 8, got 9"),
         (lambda: ComRoPE(8, 1, block_size=1), "from 2 to head_dim = 8, got 1"),
         (lambda: ComRoPE(8, 1, block_size=9), "from 2 to head_dim = 8, got 9"),
+        (lambda: ComRoPE(12, 1, kind="ap"), r"at least pos_dim \* block_size = 16 for 'ap', got 12"),
         (lambda: ComRoPE(8, 1, kind="apd"), "'ap' or 'ld', got 'apd'"),
         (lambda: MixedRoPE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),
         (lambda: LieRE(8, 1).rotation(torch.zeros(5, 3)), r"pos must be \(..., T, 2\)"),

@@ -26,6 +26,14 @@ def test_every_command_is_one_that_train_takes():
         train.parse_args(command.split())
 
 
+def test_every_test_that_it_names_exists():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", README)
+    assert len(names) > 5
+    for name in names:
+        assert f"def {name}(" in tests
+
+
 def test_every_encoding_is_in_the_table():
     for name in ENCODINGS:
         assert f"`{name}`" in README

@@ -153,8 +153,10 @@ def test_kill_9_loses_no_more_than_the_work_since_the_checkpoint():
 def test_resuming_a_finished_run_just_shows_its_result(capsys):
     run("--out", "a")
     first = capsys.readouterr().out.strip().splitlines()[-1]
-    assert run("--out", "a", "--resume") == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1].split(";")[0] == first.split(";")[0]
+    files = {path: path.read_bytes() for path in Path("a").glob("*.*")}
+    assert run("--out", "a", "--resume", "--amp") == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == first
+    assert {path: path.read_bytes() for path in Path("a").glob("*.*")} == files
 
 
 def bad(capsys, *flags):
@@ -175,18 +177,18 @@ def bad(capsys, *flags):
         ("--dataset mnist", ["cifar100", "bearing"]),
         ("--patch-size 5", ["multiple of patch_size = 5", "32"]),
         ("--head-dim 2 --pe spherical", ["head_dim must be at least 3"]),
-        ("--epochs 0", ["--epochs", "an integer of 1 or more"]),
-        ("--epochs 1.5", ["--epochs", "an integer of 1 or more"]),
-        ("--lr 0", ["--lr", "a number of above 0"]),
-        ("--lr nan", ["--lr", "a number of above 0"]),
-        ("--weight-decay -1", ["0 or more"]),
-        ("--fraction 1.5", ["above 0, 1 at most"]),
+        ("--epochs 0", ["--epochs", "an integer from 1 up, not 0"]),
+        ("--epochs 1.5", ["--epochs", "an integer from 1 up"]),
+        ("--lr 0", ["--lr", "a number above 0"]),
+        ("--lr nan", ["--lr", "a number above 0, not nan"]),
+        ("--weight-decay -1", ["from 0 up"]),
+        ("--fraction 1.5", ["above 0 to 1"]),
         ("--fraction 0.5", ["leave --fraction out"]),
         ("--block-size 8", ["--pe spherical has no blocks", "liere, comrope-ap or comrope-ld"]),
-        ("--block-size 1", ["2 or more"]),
+        ("--block-size 1", ["from 2 up"]),
         ("--block-size 13 --pe liere", ["from 2 to head_dim = 12"]),
         ("--jitter 1 --pe ape", ["--pe ape is told no positions"]),
-        ("--seed -1", ["--seed", "0 or more"]),
+        ("--seed -1", ["--seed", "from 0 up"]),
         ("--resume", ["no runs/bearing-spherical-s0/last.pt", "leave --resume out"]),
         ("--epoch 3", ["--epoch"]),
         ("--device gpu", ["--device gpu cannot be used", "try --device cpu"]),
@@ -229,6 +231,15 @@ def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch)
     assert run("--dataset", "cifar100") == 2
     out = capsys.readouterr().out
     assert "On this CPU 3 epochs will take about" in out and "--dataset bearing" in out
+
+
+def test_a_full_disk_and_a_full_gpu_are_told(capsys, monkeypatch):
+    for error, says in (
+        (OSError(28, "No space left"), "No space left"),
+        (torch.OutOfMemoryError(), "--batch-size below 16"),
+    ):
+        monkeypatch.setattr(train, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert says in bad(capsys, "--out", "a")
 
 
 def test_an_out_that_cannot_be_written(capsys):
@@ -324,12 +335,25 @@ def test_jitter_keeps_every_patch_within_itself_and_the_class_token_in_place(pre
 
 
 @pytest.mark.parametrize("pe", ["axial", "mixed", "spherical", "liere", "comrope-ap", "comrope-ld"])
-def test_every_encoding_trains_with_jitter_and_resumes(pe):
-    flags = ["--pe", pe, "--jitter", "1", "--epochs", "1"]
-    assert run("--out", "a", *flags) == 0 and run("--out", "b", *flags) == 0
-    assert_same_end("a", "b")
-    assert run("--out", "c", *flags[:2], "--epochs", "1") == 0
-    assert not torch.equal(weights("a")["model"]["head.weight"], weights("c")["model"]["head.weight"])
+def test_every_encoding_trains_with_jitter_and_resumes(pe, monkeypatch):
+    flags = ["--pe", pe, "--block-size", "4"] if "rope-" in pe else ["--pe", pe]
+    assert run("--out", "plain", *flags) == 0
+    flags += ["--jitter", "1"]
+    assert run("--out", "whole", *flags) == 0
+    train_step, calls = train.train_step, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupting)
+        assert run("--out", "cut", *flags) == 130
+    assert run("--out", "cut", *flags, "--resume") == 0
+    assert_same_end("whole", "cut")
+    assert not torch.equal(weights("whole")["model"]["head.weight"], weights("plain")["model"]["head.weight"])
 
 
 def test_block_size_reaches_the_encoding():
@@ -338,8 +362,11 @@ def test_block_size_reaches_the_encoding():
     assert shape == (2, 2, 2, 5, 5)
 
 
-def test_bfloat16_autocast_trains_on_a_cpu_too():
+def test_bfloat16_autocast_trains_on_a_cpu_too(monkeypatch):
+    dtypes, forward = set(), train.ViT.forward
+    monkeypatch.setattr(train.ViT, "forward", lambda *args: [y := forward(*args), dtypes.add(y.dtype)][0])
     assert run("--amp", "--pe", "spherical-learned", "--epochs", "1", "--pool", "mean") == 0
+    assert dtypes == {torch.bfloat16}
     assert weights("runs/bearing-spherical-learned-s0")["model"]["blocks.0.attn.rope.freqs"].dtype == torch.float32
 
 
@@ -347,6 +374,6 @@ def test_help_names_every_flag_and_its_default(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     shown = capsys.readouterr().out
-    for flag in train.RECIPES["bearing"]:
-        assert f"--{flag.replace('_', '-')}" in shown
+    for flag in vars(train.parse_args([])):
+        assert f"--{flag.replace('_', '-')} " in shown
     assert "cifar100 100, bearing 10" in " ".join(shown.split())

@@ -42,6 +42,12 @@ def test_a_wrong_argument_is_told_what_would_be_right(wrong, says):
         ViT(**wrong)
 
 
+def test_an_option_that_no_one_takes_is_not_swallowed():
+    for pe in "none", "ape", "axial":
+        with pytest.raises(TypeError, match="drop_paht"):
+            ViT(pe, drop_paht=0.1)
+
+
 def test_state_dict_has_the_names_and_shapes_of_timm():
     """Those of timm's VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=1, init_values=1e-4)."""
     block = {
