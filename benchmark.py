@@ -81,7 +81,7 @@ def exponential(repeats, B=8, H=6, T=196, D=64):
         else:
             P = rope.blocks
             A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.theta, P - P.mT), comrope.rotate
-        R = torch.matrix_exp(A)
+        R = torch.matrix_exp(A.contiguous())
         return rotate(q, R), rotate(k, R)
 
     def passes(forward, rope):
