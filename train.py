@@ -409,7 +409,7 @@ def save(args, model, optimizer, state):
 
 
 def load(args, model, optimizer, state):
-    """Go on where last.pt is: fill in model, optimizer and state, or raise a DataError that says why not."""
+    """Go on where last.pt is: fill in model, optimizer and state, or raise a ValueError that says why not."""
     path = args.out / "last.pt"
     if not path.exists():
         raise ValueError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
