@@ -22,7 +22,6 @@ many there are depends on the data, which no compiled graph should wait for: tor
 """
 
 import math
-from functools import reduce
 
 import torch
 from torch import nn
@@ -75,8 +74,10 @@ class ComRoPE(nn.Module):
             x, index = distinct(pos[..., None])
             E = skew_exp(torch.einsum("nl,mk,hkij->mhnkij", x.to(dtype), theta, B))
             E = torch.cat([E, E.mT], dim=2)
-            R = (E_m.index_select(1, i.flatten()) for E_m, i in zip(E, index.unbind(-1), strict=True))
-            return reduce(torch.matmul, R).unflatten(1, index.shape[:-1]).movedim(0, -5)
+            R, *others = (E_m.index_select(1, i.flatten()) for E_m, i in zip(E, index.unbind(-1), strict=True))
+            for other in others:
+                R = R @ other
+            return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
 
     def extra_repr(self):
         options = f"kind={self.kind!r}, block_size={self.block_size}"
