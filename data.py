@@ -5,6 +5,7 @@ A data set is a class with the constants num_classes, img_size (pixels a side) a
     data = Data(root, batch_size=128, seed=0, fraction=1.0, device="cpu")
     images, labels = data.train_batch(step)         # (B, 3, S, S) float, normalised and augmented; (B,) int64
     for images, labels in data.test_batches(): ...  # the test set once, as it is
+    for images, labels in data.test_batches(img_size=48): ...  # and at another size
 
 Which images a training step sees depends on the seed and the step alone. How they are augmented is drawn from torch's
 global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
@@ -54,21 +55,37 @@ class Dataset:
     def normalise(self, images):
         return (images - self.shift) / self.scale
 
-    def test_batches(self, size=500):
-        for images, labels in zip(self.test_images.split(size), self.test_labels.split(size), strict=True):
+    def test_set(self, img_size=None):
+        """The test images as bytes (N, 3, S, S), resampled (bicubic) if another size is asked for; labels (N,)."""
+        if img_size in (None, self.img_size):
+            return self.test_images, self.test_labels
+        resized = (
+            F.interpolate(images.float(), size=(img_size, img_size), mode="bicubic", antialias=True)
+            for images in self.test_images.split(500)
+        )
+        return torch.cat([images.round().clamp(0, 255).byte() for images in resized]), self.test_labels
+
+    def test_batches(self, batch_size=500, **which):
+        """The batches of test_set(**which)."""
+        for images, labels in zip(*(part.split(batch_size) for part in self.test_set(**which)), strict=True):
             yield self.normalise(images), labels
+
+
+# Where bearing's squares may be: first row, first column and side, in cells.
+REGIONS = {"everywhere": (0, 0, 8), "upper left": (0, 0, 4), "lower right": (4, 4, 4)}
 
 
 class Bearing(Dataset):
     """The built-in task: noise with a red and a blue square; the class is the direction from red to blue in 8 sectors.
 
     It cannot be solved without position, and relative position is all it takes. Training images are endless, each one
-    is new; the test set is the same for every seed. Nothing is read or downloaded.
+    is new; the test set is the same for every seed. Nothing is read or downloaded. Squares sit on a grid of cells.
     """
 
     num_classes, img_size, train_size, test_size = 8, 32, 3072, 2000
     mean, std = (0.5, 0.5, 0.5), (0.29, 0.29, 0.29)
-    cell = 4  # side of a square; squares sit on a grid of such cells
+    cell = 4  # its side in pixels
+    region = "everywhere"  # where both squares are
 
     def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, device="cpu"):
         if fraction != 1:
@@ -79,19 +96,37 @@ class Bearing(Dataset):
         images, labels = self.draw(self.batch_size, self.device)
         return self.normalise(images), labels
 
-    def draw(self, n, device, generator=None):
+    def test_set(self, img_size=None, region=None):
+        """Test images as bytes (N, 3, S, S), with more or fewer cells if another size is asked for; labels (N,)."""
+        if img_size in (None, self.img_size) and region in (None, self.region):
+            return self.test_images, self.test_labels
+        images, labels = self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0), img_size, region)
+        return images.to(self.device), labels.to(self.device)
+
+    def draw(self, n, device, generator=None, img_size=None, region=None):
         """n new images as bytes (n, 3, S, S) and labels (n,): sector k is centred on k * 45 degrees, y downwards."""
-        grid = self.img_size // self.cell
+        S = img_size or self.img_size
+        grid = S // self.cell
+        if S % self.cell:
+            raise DataError(f"bearing is drawn in cells of {self.cell} pixels: its size must be a multiple, not {S}")
+        top, left, side = REGIONS[region or self.region] if self.img_size == S else (0, 0, grid)
         random = {"device": device, "generator": generator}
-        images = torch.randint(256, (n, 3, self.img_size, self.img_size), dtype=torch.uint8, **random)
-        red = torch.randint(grid**2, (n,), **random)
-        blue = (red + torch.randint(1, grid**2, (n,), **random)) % grid**2  # any cell but red's
+        images = torch.randint(256, (n, 3, S, S), dtype=torch.uint8, **random)
+        red = torch.randint(side**2, (n,), **random)
+        blue = (red + torch.randint(1, side**2, (n,), **random)) % side**2  # any cell but red's
         cells, i = images.view(n, 3, grid, self.cell, grid, self.cell), torch.arange(n, device=device)
         for square, channel in (red, 0), (blue, 2):
-            cells[i, :, square // grid, :, square % grid] = 0
-            cells[i, channel, square // grid, :, square % grid] = 255
-        dx, dy = blue % grid - red % grid, blue // grid - red // grid
+            row, column = top + square // side, left + square % side
+            cells[i, :, row, :, column] = 0
+            cells[i, channel, row, :, column] = 255
+        dx, dy = blue % side - red % side, blue // side - red // side
         return images, torch.round(torch.atan2(dy, dx) / (math.pi / 4)).long() % 8
+
+
+class BearingCorner(Bearing):
+    """Bearing, learned in the upper left quarter of the image: what does an encoding make of it in another place?"""
+
+    region = "upper left"
 
 
 class CIFAR100(Dataset):
@@ -121,7 +156,7 @@ class CIFAR100(Dataset):
         return self.normalise(flip_and_crop(self.images[i], self.padding)), self.labels[i]
 
 
-DATASETS = {"cifar100": CIFAR100, "bearing": Bearing}
+DATASETS = {"cifar100": CIFAR100, "bearing": Bearing, "bearing-corner": BearingCorner}
 
 
 def batch_indices(step, batch_size, n, seed):

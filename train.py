@@ -12,10 +12,7 @@ import argparse
 import csv
 import json
 import math
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -28,6 +25,20 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
+from common import (
+    Parser,
+    accuracy,
+    add_device_flags,
+    autocast,
+    command,
+    device_name,
+    environment,
+    failed,
+    number,
+    reading,
+    usable_device,
+    write_json,
+)
 from data import DATASETS, DataError, replacing
 from vit import ENCODINGS, ViT
 
@@ -43,6 +54,7 @@ RECIPES = {
     },
     "bearing": {"epochs": 10, "batch_size": 64, "lr": 2e-3, "warmup_epochs": 1, "depth": 2, "heads": 4, "head_dim": 24},
 }
+RECIPES["bearing-corner"] = RECIPES["bearing"]
 FREE_TO_CHANGE = {"data_dir", "device", "out", "resume", "compile", "amp"}  # by --resume: where and how fast, not what
 CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
 
@@ -53,7 +65,7 @@ def main(argv=None):
     try:
         model, data, optimizer, state = set_up(args)
     except (DataError, OSError, ValueError) as e:  # what a user can mend
-        return failed(e, 2)
+        return failed(e)
     except KeyboardInterrupt:
         print("Stopped before the training began.", file=sys.stderr)
         return 130
@@ -64,20 +76,15 @@ def main(argv=None):
     except Diverged as e:
         return failed(e, 1)
     except torch.OutOfMemoryError:
-        return failed(f"the GPU's memory is full: try a --batch-size below {args.batch_size}", 2)
+        return failed(f"the GPU's memory is full: try a --batch-size below {args.batch_size}")
     except OSError as e:
-        return failed(f"cannot write to {args.out} ({e.strerror}): make room, and go on with --resume", 2)
+        return failed(f"cannot write to {args.out} ({e.strerror}): make room, and go on with --resume")
     return 0
-
-
-def failed(why, code):
-    print(f"error: {why}", file=sys.stderr)
-    return code
 
 
 def parse_args(argv):
     """The command line, completed by the data set's recipe."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
 
     def add_from_recipe(flag, kind, what):
@@ -86,7 +93,6 @@ def parse_args(argv):
 
     add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
     add("--dataset", choices=RECIPES, default="cifar100", help="what to learn (%(default)s)")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
     add(
         "--fraction",
         type=number(float, most=1),
@@ -107,11 +113,10 @@ def parse_args(argv):
     add("--jitter", type=number(float, least=0), default=0.0, help="noise on positions in training, in patches (0)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
     add("--seed", type=number(int, least=0), default=0, help="decides all that is random (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+    add_device_flags(parser)
 
     args = parser.parse_args(argv)
     on_cuda = args.device.startswith("cuda")
@@ -120,30 +125,6 @@ def parse_args(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage in front
-        self.exit(2, f"error: {message}\n")
-
-
-def number(kind, least=None, most=math.inf):
-    """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-            good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
-        except ValueError:
-            good = False
-        if not good:
-            limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(
-                f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
-            )
-        return value
-
-    return parse
 
 
 def set_up(args):
@@ -155,21 +136,27 @@ def set_up(args):
         )
     if args.jitter and args.pe in ("none", "ape"):
         raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
+    options = {
+        "pe": args.pe,
+        "img_size": dataset.img_size,
+        "patch_size": args.patch_size,
+        "num_classes": dataset.num_classes,
+        "depth": args.depth,
+        "num_heads": args.heads,
+        "head_dim": args.head_dim,
+        "pool": args.pool,
+    } | ({} if args.block_size is None else {"block_size": args.block_size})
     reseed(args.seed, 0)
-    model = ViT(
-        args.pe,
-        img_size=dataset.img_size,
-        patch_size=args.patch_size,
-        num_classes=dataset.num_classes,
-        depth=args.depth,
-        num_heads=args.heads,
-        head_dim=args.head_dim,
-        pool=args.pool,
-        **({} if args.block_size is None else {"block_size": args.block_size}),
-    ).to(device)
+    model = ViT(**options).to(device)
     optimizer = make_optimizer(args, model)
-    # What a run is beside weights and optimizer. totals: steps, loss, hits and gradient norm, summed over this epoch.
-    state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device), "made": environment(args)}
+    state = {  # what a run is beside weights and optimizer
+        "step": 0,
+        "seconds": 0.0,
+        "log": [],
+        "totals": torch.zeros(4, device=device),  # steps, loss, hits and gradient norm, summed over this epoch
+        "vit": options,
+        "made": environment(args.device),
+    }
     if args.resume:
         load(args, model, optimizer, state)
     elif (args.out / "last.pt").exists():
@@ -181,23 +168,13 @@ def set_up(args):
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
             write_json(args.out / "config.json", vars(args) | state["made"])
-            (args.out / "result.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            for name in "result.json", "evaluation.json":  # of a run whose checkpoint is gone
+                (args.out / name).unlink(missing_ok=True)
     except OSError as e:
         raise ValueError(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out") from e
     if args.compile:
         model.compile()
     return model, data, optimizer, state
-
-
-def usable_device(name):
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
-
-
-def first_line(error):
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def reseed(*key):
@@ -220,7 +197,7 @@ def estimate(args, model, dataset, epochs):
     images = torch.zeros(16, 3, dataset.img_size, dataset.img_size)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        with autocast(args):
+        with autocast(args.device, args.amp):
             model(images).sum().backward()
         seconds = (time.perf_counter() - start) / len(images) * dataset.train_size * epochs
     model.zero_grad()
@@ -236,7 +213,8 @@ def train(args, model, data, optimizer, state):
     """
     steps_per_epoch = max(1, data.train_size // args.batch_size)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {device_name(args)}, to {args.out}/")
+    made_on = device_name(args.device)
+    print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {made_on}, to {args.out}/")
     images = args.epochs * steps_per_epoch * args.batch_size
     with tqdm(total=images, initial=state["step"] * args.batch_size, unit="img", unit_scale=True, disable=None) as bar:
         try:
@@ -297,7 +275,7 @@ def train_step(args, model, data, optimizer, state, steps_per_epoch):
     model.train()
     reseed(args.seed, 1 + state["step"])
     images, labels = data.train_batch(state["step"])
-    with autocast(args):
+    with autocast(args.device, args.amp):
         logits = model(images, jittered(model, args.jitter) if args.jitter else None)
         loss = F.cross_entropy(logits, labels)
     loss.backward()
@@ -318,7 +296,7 @@ def jittered(model, sigma):
     Drawn anew at each step for the whole batch; a class token stays where it is.
     """
     pos = model.positions(model.grid, model.grid)
-    noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * (2 * math.pi / max(model.grid - 1, 1))
+    noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * model.spacing
     noise[: model.prefix] = 0
     return pos + noise
 
@@ -341,7 +319,7 @@ def finish_epoch(args, model, data, optimizer, state):
         "lr": optimizer.param_groups[0]["lr"],
         "train_loss": round(loss, 4),
         "train_accuracy": round(100 * hits, 2),
-        "test_accuracy": round(100 * accuracy(args, model, data), 2),
+        "test_accuracy": round(accuracy(model, data.test_batches(), args.amp), 2),
         "seconds": round(state["seconds"] + waited, 2),
     }
     with uninterrupted():
@@ -367,21 +345,6 @@ def epoch_means(args, state):
         kept = f"{last} is the last good checkpoint" if last.exists() else "there was no checkpoint yet"
         raise Diverged(f"the loss or its gradient became NaN or infinite: try a lower --lr ({kept})")
     return loss / max(steps, 1), hits / max(steps, 1)
-
-
-@torch.no_grad()
-def accuracy(args, model, data):
-    """The share of the test images that the model gets right."""
-    model.eval()
-    hits = 0
-    for images, labels in data.test_batches():
-        with autocast(args):
-            hits += (model(images).argmax(dim=1) == labels).sum()
-    return hits.item() / len(data.test_labels)
-
-
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
 
 
 @contextmanager
@@ -413,7 +376,7 @@ def load(args, model, optimizer, state):
     path = args.out / "last.pt"
     if not path.exists():
         raise ValueError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
-    try:
+    with reading(path, "delete it and begin without --resume"):
         saved = torch.load(path, map_location=args.device, weights_only=True)
         was, now = saved["config"], config(args)
         changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
@@ -421,10 +384,6 @@ def load(args, model, optimizer, state):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             state.update((name, saved[name]) for name in state)
-    except (OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is damaged ({first_line(e)}): delete it and begin without --resume") from e
     if changed:
         raise ValueError(f"{path} is of another configuration: {', '.join(changed)}")
 
@@ -432,32 +391,6 @@ def load(args, model, optimizer, state):
 def config(args):
     """What decides the result of a run."""
     return {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-
-
-def environment(args):
-    """Where a run was made, and from what."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or not a checkout
-    return {"device": device_name(args), "torch": str(torch.__version__), "commit": commit, "command": command()}
-
-
-def device_name(args):
-    if args.device.startswith("cuda"):
-        return torch.cuda.get_device_name(args.device)
-    return f"{args.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def command(resume=False):
-    """What was typed, so that it can be typed again."""
-    return shlex.join(["python", *sys.argv] + ["--resume"] * (resume and "--resume" not in sys.argv))
-
-
-def write_json(path, content):
-    with replacing(path) as tmp:
-        tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def plot(args, log):

@@ -108,6 +108,11 @@ class ViT(nn.Module):
         """Tokens in front of the patches: 1 with a class token, else 0."""
         return 0 if self.cls_token is None else 1
 
+    @property
+    def spacing(self):
+        """How far apart neighbouring patches of a training image are, in units of position."""
+        return 2 * math.pi / max(self.grid - 1, 1)
+
     def positions(self, height, width):
         """Positions (x, y) of all tokens of an image of height x width patches, class token first: (T, 2)."""
         device = self.head.weight.device

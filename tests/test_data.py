@@ -225,7 +225,7 @@ def test_batches_are_normalised_and_decided_by_seed_and_step(cifar):
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     assert images.shape == (20, 3, 32, 32) and images.dtype == torch.float32
     assert not torch.equal(labels, cifar(seed=2).train_batch(3)[1])
-    (test, labels), *rest = a.test_batches(size=12)
+    (test, labels), *rest = a.test_batches(batch_size=12)
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CIFAR100.mean, CIFAR100.std))
     torch.testing.assert_close(test, (a.test_images[:12] / 255 - mean) / std)
     assert [len(labels) for _, labels in rest] == [8]

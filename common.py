@@ -1,0 +1,128 @@
+"""What the scripts share: command lines whose errors are one line, the folders of runs, and the accuracy of a model."""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data import replacing
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring for --help, takes no abbreviations, and complains in one line."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):  # without the usage in front
+        self.exit(2, f"error: {message}\n")
+
+
+def number(kind, least=None, most=math.inf):
+    """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
+        except ValueError:
+            good = False
+        if not good:
+            limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
+            )
+        return value
+
+    return parse
+
+
+def failed(why, code=2):
+    print(f"error: {why}", file=sys.stderr)
+    return code
+
+
+def first_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def add_device_flags(parser):
+    """Where and how fast: what does not decide a result, or only its last digits."""
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 ... (%(default)s)",
+    )
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+
+
+def usable_device(name):
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+
+
+def environment(device):
+    """Where a run was made, and from what."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout
+    return {"device": device_name(device), "torch": str(torch.__version__), "commit": commit, "command": command()}
+
+
+def device_name(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def command(resume=False):
+    """What was typed, so that it can be typed again."""
+    return shlex.join(["python", *sys.argv] + ["--resume"] * (resume and "--resume" not in sys.argv))
+
+
+def write_json(path, content):
+    with replacing(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def reading(path, advice):
+    """What fails in the block, fails because the checkpoint at `path` is damaged: a ValueError says so."""
+    try:
+        yield
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # a damaged file can fail in any way
+        raise ValueError(f"{path} is damaged ({first_line(e)}): {advice}") from e
+
+
+def autocast(device, amp):
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp)
+
+
+@torch.no_grad()
+def accuracy(model, batches, amp=False, pos=lambda: None):
+    """The share (%) of the batches' images that the model gets right. pos() gives each batch's positions (T, 2)."""
+    model.eval()
+    hits = n = 0
+    for images, labels in batches:
+        with autocast(images.device, amp):
+            hits += (model(images, pos()).argmax(dim=1) == labels).sum()
+        n += len(labels)
+    return 100 * hits.item() / n

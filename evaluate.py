@@ -1,0 +1,133 @@
+"""What trained models do beyond their test set.
+
+    python evaluate.py runs/*                  # all that follows
+    python evaluate.py runs/* --sizes          # test images of other sizes, patches kept; or --sizes 24 64 (pixels)
+    python evaluate.py runs/* --shift          # all positions moved by one random offset; or --shift 1 4 (patches)
+    python evaluate.py runs/* --patch-shift    # the same, but the class token stays at 0
+    python evaluate.py runs/* --shuffle        # the patches of each image in random order
+    python evaluate.py runs/* --regions        # bearing: both squares in one quarter of the image
+
+Prints accuracies (%) and keeps them in evaluation.json beside each run.
+
+Shifts are drawn from N(0, rho^2) for x and y, rho in patches, anew for each 50 images. An encoding that is equivariant
+does not notice that all positions moved (Yu et al. 2025, figure 5). It does if the class token, its point of reference,
+is left behind. What accuracy a shuffle leaves is what needs no positions (Ostmeier et al. 2024, table 5).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import Parser, accuracy, add_device_flags, failed, number, reading, usable_device, write_json
+from data import DATASETS, REGIONS, Bearing, DataError
+from vit import ViT
+
+SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
+SHIFTS = 1, 2, 4, 8, 16  # patches
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    try:
+        usable_device(args.device)
+        for run in args.runs:
+            evaluate(run, args)
+    except (DataError, OSError, ValueError) as e:  # what a user can mend
+        return failed(e)
+    except torch.OutOfMemoryError:
+        return failed("the GPU's memory is full: try --device cpu")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py has written")
+    add("--sizes", nargs="*", type=number(int, least=1), metavar="S", help="sides of test images (0.75 to 2 times)")
+    add("--shift", nargs="*", type=number(float, least=0), metavar="RHO", help=f"move all positions {SHIFTS}")
+    add("--patch-shift", nargs="*", type=number(float, least=0), metavar="RHO", help="move all but the class token's")
+    add("--shuffle", action="store_true", help="the patches of each image in random order")
+    add("--regions", action="store_true", help="bearing: both squares in one quarter of the image")
+    add_device_flags(parser)
+    args = parser.parse_args(argv)
+    if args.amp is None:
+        args.amp = args.device.startswith("cuda")
+    asked = args.sizes, args.shift, args.patch_shift, args.shuffle or None, args.regions or None
+    if all(a is None for a in asked):
+        args.sizes, args.shift, args.patch_shift, args.shuffle, args.regions = [], [], [], True, True
+    return args
+
+
+def evaluate(run, args):
+    """Evaluate one run, print what was found, and add it to the run's evaluation.json."""
+    model, data, about = load(run, args)
+    print(f"{run}: {about}", flush=True)
+    path = run / "evaluation.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name, found in evaluations(model, data, args):
+        results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
+        print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
+        write_json(path, results)
+
+
+def load(run, args):
+    """The folder of a run -> its model, its data set, and a line about it."""
+    path = run / "last.pt"
+    if not path.exists():
+        raise ValueError(f"there is no {path}: name folders that train.py has written")
+    with reading(path, "train it again"):
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        model = ViT(**saved["vit"]).to(args.device)
+        model.load_state_dict(saved["model"])
+        config, epochs = saved["config"], len(saved["log"])
+        about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=epochs, **config)
+        dataset = DATASETS[config["dataset"]]
+    return model, dataset(args.data_dir, batch_size=1, device=args.device), about
+
+
+def evaluations(model, data, args):
+    """Yields the name of a kind of evaluation and a dict of accuracies (%)."""
+
+    def test(pos=lambda: None, change=lambda images: images, batch_size=500, **which):
+        torch.manual_seed(0)
+        batches = ((change(images), labels) for images, labels in data.test_batches(batch_size, **which))
+        return accuracy(model, batches, args.amp, pos)
+
+    def shifted(rho, prefix=0):
+        def pos():
+            pos = model.positions(model.grid, model.grid)
+            pos[prefix:] += rho * model.spacing * torch.randn(2, device=pos.device)
+            return pos
+
+        return test(pos, batch_size=50)
+
+    patch, told = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
+    yield "test", {"test": test()}
+    if args.sizes is not None:
+        sizes = args.sizes or [patch * round(times * model.grid) for times in SIZES]
+        yield "size", {str(size): test(img_size=size) for size in sizes}
+    if args.shift is not None and told:
+        yield "shift", {f"{rho:g}": shifted(rho) for rho in args.shift or SHIFTS}
+    if args.patch_shift is not None and told and model.prefix:
+        yield "patch shift", {f"{rho:g}": shifted(rho, model.prefix) for rho in args.patch_shift or SHIFTS}
+    if args.shuffle:
+        yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
+    if args.regions and isinstance(data, Bearing):
+        yield "region", {region: test(region=region) for region in REGIONS}
+
+
+def shuffled(images, patch):
+    """Images (B, 3, H, W) with the patches of each one in a random order of its own."""
+    patches = F.unfold(images, patch, stride=patch)  # (B, 3 * patch^2, N)
+    order = torch.rand(len(patches), 1, patches.shape[-1], device=images.device).argsort(dim=-1)
+    return F.fold(patches.gather(-1, order.expand_as(patches)), images.shape[-2:], patch, stride=patch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
