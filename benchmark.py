@@ -1,8 +1,9 @@
-"""What an encoding costs: a ViT's training step against one without encoding, and exponentials against torch's own.
+"""What things cost: encodings in a ViT's training step, exponentials against torch's own, and the recipe's other parts.
 
     python benchmark.py step                         # ViT-S, 32 x 32, patch 4, batch 32: ratios to --pe none
     python benchmark.py step --img-size 224 --patch-size 16 --batch-size 256 --device cuda --compile --amp
     python benchmark.py exponential                  # generators -> R -> q and k, against torch.matrix_exp
+    python benchmark.py recipe --batch-size 64       # a batch's augmentation against its step, LAMB against AdamW
 
 What is compared takes turns, so that a machine's moods hit all alike; medians of the ratios, with their quartiles.
 """
@@ -16,14 +17,17 @@ import torch.nn.functional as F
 
 import comrope
 import liere
+from augment import mix, three_augment
+from common import autocast
 from comrope import ComRoPE
+from lamb import LAMB
 from liere import LieRE
 from vit import ENCODINGS, ViT
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "exponential"])
+    parser.add_argument("what", choices=["step", "exponential", "recipe"])
     parser.add_argument("--pe", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), help="encodings (all)")
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=4)
@@ -38,34 +42,51 @@ def main():
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
     if args.what == "exponential":
         exponential(args.repeats)
+    elif args.what == "recipe":
+        recipe(args)
     else:
         step(args)
 
 
 def step(args):
     """Each encoding beside none, two at a time: that is what a user of it would compare."""
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
-    labels = torch.randint(100, (args.batch_size,), device=args.device)
-
-    def training_step(pe):
-        model = ViT(pe, img_size=args.img_size, patch_size=args.patch_size, head_dim=args.head_dim).to(args.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        if args.compile:
-            model.compile()
-
-        def run():
-            with torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.amp):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    none = training_step("none")
+    none = training_step("none", args)
     for pe in args.pe:
         if pe != "none":
-            report(pe, "none", training_step(pe), none, args)
+            report(pe, "none", training_step(pe, args), none, args)
+
+
+def training_step(pe, args):
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    labels = torch.randint(100, (args.batch_size,), device=args.device)
+    model = ViT(pe, img_size=args.img_size, patch_size=args.patch_size, head_dim=args.head_dim).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if args.compile:
+        model.compile()
+
+    def run():
+        with autocast(args.device, args.amp):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def recipe(args):
+    """What the CIFAR-100 recipe adds to a training step of ViT-S."""
+    images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=args.device)
+    labels = torch.randint(100, (args.batch_size,), device=args.device)
+    report("augmentation", "step", lambda: mix(three_augment(images), labels, 100), training_step("axial", args), args)
+
+    def update(optimizer, **options):
+        parameters = [p.detach().clone().requires_grad_() for p in ViT("axial").to(args.device).parameters()]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        return optimizer(parameters, weight_decay=0.05, **options).step
+
+    report("LAMB", "fused AdamW", update(LAMB), update(torch.optim.AdamW, fused=True), args)
 
 
 def exponential(repeats, B=8, H=6, T=196, D=64):

@@ -109,7 +109,7 @@ def reading(path, advice):
     except (OSError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is damaged ({first_line(e)}): {advice}") from e
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {advice}") from e
 
 
 def autocast(device, amp):

@@ -2,13 +2,15 @@
 
 A data set is a class with the constants num_classes, img_size (pixels a side) and train_size (images an epoch), and
 
-    data = Data(root, batch_size=128, seed=0, fraction=1.0, device="cpu")
-    images, labels = data.train_batch(step)         # (B, 3, S, S) float, normalised and augmented; (B,) int64
+    data = Data(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu")
+    images, targets = data.train_batch(step)        # (B, 3, S, S) float, normalised and augmented; (B,) int64
     for images, labels in data.test_batches(): ...  # the test set once, as it is
     for images, labels in data.test_batches(img_size=48): ...  # and at another size
 
 Which images a training step sees depends on the seed and the step alone. How they are augmented is drawn from torch's
 global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
+augment is "3", for DeiT-III's random crop, flip, 3-Augment and jitter, or "mix", for these and Mixup or CutMix: targets
+are (B, num_classes) then, what each class is worth.
 """
 
 import hashlib
@@ -27,6 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+from augment import mix, three_augment
+
+AUGMENT = "none", "3", "mix"
 
 
 class DataError(Exception):
@@ -87,9 +93,13 @@ class Bearing(Dataset):
     cell = 4  # its side in pixels
     region = "everywhere"  # where both squares are
 
-    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, device="cpu"):
+    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu"):
         if fraction != 1:
             raise DataError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
+        if augment != "none":
+            raise DataError(
+                "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
+            )
         super().__init__(batch_size, device, *self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0)))
 
     def train_batch(self, step):
@@ -138,9 +148,8 @@ class CIFAR100(Dataset):
 
     num_classes, img_size, train_size, test_size = 100, 32, 50_000, 10_000
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    padding = 4  # of the random crop, in pixels
 
-    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, device="cpu"):
+    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu"):
         folder = cifar100_folder(Path(root))
         super().__init__(batch_size, device, *read_cifar100(folder / "test"))
         images, labels = read_cifar100(folder / "train")
@@ -148,12 +157,18 @@ class CIFAR100(Dataset):
             : max(1, round(fraction * len(images)))
         ]
         self.images, self.labels, self.seed = images[part].to(device), labels[part].to(device), seed
+        self.augment = augment
 
     def train_batch(self, step):
         i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
         if self.images.is_cuda:  # a copy from pinned memory is one that the host need not wait for
             i = i.pin_memory().to(self.device, non_blocking=True)
-        return self.normalise(flip_and_crop(self.images[i], self.padding)), self.labels[i]
+        images, targets = self.images[i], self.labels[i]
+        if self.augment != "none":
+            images = 255 * three_augment(images)
+        if self.augment == "mix":
+            images, targets = mix(images, targets, self.num_classes)
+        return self.normalise(images), targets
 
 
 DATASETS = {"cifar100": CIFAR100, "bearing": Bearing, "bearing-corner": BearingCorner}
@@ -168,17 +183,6 @@ def batch_indices(step, batch_size, n, seed):
 @lru_cache(maxsize=2)
 def shuffled(n, seed, k):
     return np.random.default_rng((seed, k)).permutation(n)
-
-
-def flip_and_crop(images, padding):
-    """Each image of (B, C, S, S) mirrored or not, and moved by up to `padding` pixels each way over a black border."""
-    B, C, S, _ = images.shape
-    device = images.device
-    rows, cols = torch.arange(S, device=device) + torch.randint(2 * padding + 1, (2, B, 1), device=device)
-    cols = torch.where(torch.rand(B, 1, device=device) < 0.5, cols.flip(1), cols)
-    b, c = torch.arange(B, device=device).view(B, 1, 1, 1), torch.arange(C, device=device).view(C, 1, 1)
-    padded = F.pad(images, [padding] * 4)
-    return padded[b, c, rows.view(B, 1, S, 1), cols.view(B, 1, 1, S)]
 
 
 # Getting and reading the official files. The archive is not trusted before its sum is right, the pickles never are.

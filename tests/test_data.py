@@ -12,9 +12,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
-from data import CIFAR100, Bearing, DataError, batch_indices, flip_and_crop
+from data import CIFAR100, REGIONS, Bearing, BearingCorner, DataError, batch_indices
 
 
 class Python2Pickler(pickle._Pickler):
@@ -250,32 +251,64 @@ def test_every_pass_sees_every_image_once_in_a_new_order(n, batch_size):
     assert not np.array_equal(stream, np.concatenate([batch_indices(s, batch_size, n, 1) for s in range(steps)]))
 
 
-def test_flip_and_crop_is_a_mirror_and_a_shift_over_black():
-    torch.manual_seed(0)
-    image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(image, [2] * 4)
-    possible = {}
-    for flip in False, True:
-        for dy in range(5):
-            for dx in range(5):
-                crop = padded[:, dy : dy + 8, dx : dx + 8]
-                possible[(crop.flip(2) if flip else crop).numpy().tobytes()] = flip, dy, dx
-    batch = flip_and_crop(image.expand(5000, 3, 8, 8), 2)
-    counts = {}
-    for i in batch:
-        what = possible[i.numpy().tobytes()]
-        counts[what] = counts.get(what, 0) + 1
-    assert len(counts) == 50 and min(counts.values()) > 60 and max(counts.values()) < 150
+def test_augmented_batches_are_of_the_same_images_and_decided_by_the_generator(cifar):
+    plain, augmented, mixed = (cifar(augment=augment) for augment in ("none", "3", "mix"))
+    images, labels = plain.train_batch(0)
+    assert torch.equal(images, plain.normalise(plain.images[torch.from_numpy(batch_indices(0, 20, 50, 0))]))
+    for task in augmented, mixed:
+        torch.manual_seed(0)
+        a, targets = task.train_batch(0)
+        torch.manual_seed(0)
+        assert torch.equal(a, task.train_batch(0)[0])
+        assert a.shape == images.shape and a.dtype == torch.float32 and not torch.equal(a, images)
+        low, high = (plain.normalise(torch.full((3, 1, 1), level)) for level in (0, 255))
+        assert (a > low - 1e-5).all() and (a < high + 1e-5).all()
+        assert a.std() > 0.3  # noise between 0 and 255 stays far from a constant
+        if task is augmented:
+            assert torch.equal(targets, labels)
+        else:
+            assert targets.shape == (20, 100) and (targets[torch.arange(20), labels] > 0).all()
+            torch.testing.assert_close(targets.sum(dim=1), torch.ones(20))
 
 
-def test_bearing_is_labelled_by_the_direction_from_red_to_blue():
-    task = Bearing(batch_size=64)
-    images, labels = task.draw(500, "cpu", torch.Generator().manual_seed(1))
-    for image, label in zip(images.permute(0, 2, 3, 1).numpy().astype(int), labels.tolist(), strict=True):
-        (ry, rx), (by, bx) = (np.argwhere((image == c).all(-1)).mean(0) for c in ([255, 0, 0], [0, 0, 255]))
+@pytest.mark.parametrize("img_size", [24, 48])
+def test_test_images_of_another_size_are_pillows_bicubic_ones(cifar, img_size):
+    task = cifar()
+    task.test_images = 64 + task.test_images // 2  # Pillow clips after each axis: nothing to clip here
+    images, labels = task.test_set(img_size)
+    assert torch.equal(labels, task.test_labels) and images.dtype == torch.uint8
+    for ours, original in zip(images, task.test_images, strict=True):
+        pillows = Image.fromarray(original.permute(1, 2, 0).numpy()).resize((img_size, img_size), Image.BICUBIC)
+        difference = ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillows)).int()
+        assert difference.abs().max() <= 1
+
+
+def squares(image):
+    """The centres (y, x) of the red and of the blue square in an image (3, S, S) of bytes."""
+    image = image.permute(1, 2, 0).numpy().astype(int)
+    return [np.argwhere((image == colour).all(-1)).mean(0) for colour in ([255, 0, 0], [0, 0, 255])]
+
+
+@pytest.mark.parametrize("img_size", [32, 48])
+def test_bearing_is_labelled_by_the_direction_from_red_to_blue(img_size):
+    images, labels = Bearing(batch_size=64).draw(500, "cpu", torch.Generator().manual_seed(1), img_size)
+    assert images.shape == (500, 3, img_size, img_size)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        (ry, rx), (by, bx) = squares(image)
         degrees = math.degrees(math.atan2(by - ry, bx - rx)) % 360
         assert abs((degrees - 45 * label + 180) % 360 - 180) < 22.5
     assert torch.bincount(labels, minlength=8).min() > 30
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_bearings_squares_fill_the_region_and_nothing_else(region):
+    corner = BearingCorner(batch_size=500)
+    images, _ = corner.test_set(region=region)
+    cells = {tuple(int(c) // 4 for c in square) for image in images for square in squares(image)}
+    top, left, side = REGIONS[region]
+    assert cells == {(y, x) for y in range(top, top + side) for x in range(left, left + side)}
+    if region == corner.region:
+        assert torch.equal(images, corner.test_set()[0]) and torch.equal(images, corner.test_images)
 
 
 def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
@@ -289,3 +322,7 @@ def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
     assert images.shape == (64, 3, 32, 32) and abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
     with pytest.raises(DataError, match="leave --fraction out"):
         Bearing(batch_size=64, fraction=0.5)
+    with pytest.raises(DataError, match="leave --augment out"):
+        Bearing(batch_size=64, augment="3")
+    with pytest.raises(DataError, match="cells of 4 pixels"):
+        a.test_set(img_size=30)

@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
+import evaluate
+import experiments
 import train
 from vit import ENCODINGS
 
@@ -19,11 +22,21 @@ def test_the_example_runs_and_turns_what_it_says():
     assert torch.equal(names["R"][0, 0], torch.eye(64))
 
 
-def test_every_command_is_one_that_train_takes():
-    commands = re.findall(r"python train\.py(.*)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)))
+@pytest.mark.parametrize("script", [train, evaluate], ids=lambda script: script.__name__)
+def test_every_command_is_one_that_the_script_takes(script):
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    commands = re.findall(rf"python {script.__name__}\.py(.*)", blocks)
     assert commands
     for command in commands:
-        train.parse_args(command.split())
+        script.parse_args(command.split())
+
+
+def test_every_flag_that_it_names_is_one_of_the_scripts(capsys):
+    for script in train, evaluate, experiments:
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= flags
 
 
 def test_every_test_that_it_names_exists():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import pickled, split
 
 import data
 import train
@@ -108,6 +109,39 @@ def test_ctrl_c_anywhere_saves_and_resumes_to_the_same_bits(where, step, monkeyp
     assert_same_end("whole", "cut")
 
 
+@pytest.fixture
+def cifar(monkeypatch):
+    """A CIFAR-100 of noise, 50 images for training and 20 for the test, in data/."""
+    Path("data/cifar-100-python").mkdir(parents=True)
+    for name, n in ("train", 50), ("test", 20):
+        Path(f"data/cifar-100-python/{name}").write_bytes(pickled(split(n)))
+    monkeypatch.setattr(data.CIFAR100, "train_size", 64)
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adamw"])
+def test_the_papers_recipe_stops_anywhere_and_goes_on_to_the_same_bits(opt, cifar, monkeypatch):
+    flags = "--dataset", "cifar100", "--opt", opt, "--pe", "spherical-learned"
+    assert run("--out", "whole", *flags) == 0
+    config = json.loads(Path("whole/config.json").read_text())
+    recipe = {"lr": {"lamb": 4e-3, "adamw": 1e-3}[opt], "warmup_epochs": 5, "weight_decay": 0.05, "augment": "mix"}
+    assert (recipe | {"dropout": 0.1, "drop_path": 0.1, "layer_scale": 1e-4}).items() <= config.items()
+    train_step, calls = train.train_step, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupting)
+        assert run("--out", "cut", *flags) == 130
+    assert run("--out", "cut", *flags, "--resume") == 0
+    assert_same_end("whole", "cut")
+    state = weights("whole")["optimizer"]["state"][0]
+    assert state["step"] == 12 and state["exp_avg"].any()
+
+
 def start(out, *flags):
     """The same tiny run, but of 300 epochs, in a process of its own and with a checkpoint after every step."""
     code = (
@@ -184,6 +218,10 @@ def bad(capsys, *flags):
         ("--weight-decay -1", ["from 0 up"]),
         ("--fraction 1.5", ["above 0 to 1"]),
         ("--fraction 0.5", ["leave --fraction out"]),
+        ("--augment mix", ["leave --augment out"]),
+        ("--augment cutout", ["none", "3", "mix"]),
+        ("--opt sgd", ["lamb", "adamw"]),
+        ("--dropout 1", ["--dropout", "from 0 up to 0.9"]),
         ("--block-size 8", ["--pe spherical has no blocks", "liere, comrope-ap or comrope-ld"]),
         ("--block-size 1", ["from 2 up"]),
         ("--block-size 13 --pe liere", ["from 2 to head_dim = 12"]),
@@ -376,4 +414,4 @@ def test_help_names_every_flag_and_its_default(capsys):
     shown = capsys.readouterr().out
     for flag in vars(train.parse_args([])):
         assert f"--{flag.replace('_', '-')} " in shown
-    assert "cifar100 100, bearing 10" in " ".join(shown.split())
+    assert "cifar100 400, bearing 10" in " ".join(shown.split())

@@ -1,0 +1,305 @@
+"""Runs the experiments, keeps their results in results/, and writes the README's tables from these.
+
+    python experiments.py bearing bearing-corner        # on a CPU: minutes a run
+    python experiments.py table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
+    python experiments.py --report                      # the README's tables and figures, from results/
+
+A set is a list of runs in order of worth. Each is a `python train.py` and, for some sets, a `python evaluate.py`; then
+it has a row in results/<set>.csv, which quotes the command, and is not run again. Run folders stay in runs/, so that a
+run that was cut short goes on where it was, and a run that another set needs too is not trained twice.
+"""
+
+import csv
+import json
+import math
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from common import Parser, number
+from data import replacing
+from vit import ENCODINGS
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+SEEDS = range(3)
+
+
+def cifar(epochs, encodings=ENCODINGS, seeds=SEEDS, **flags):
+    return [{"pe": pe, "seed": seed, "epochs": epochs, **flags} for seed in seeds for pe in encodings]
+
+
+def bearing(dataset, *pools):
+    return [
+        {"pe": pe, "seed": seed, "dataset": dataset, "pool": pool}
+        for seed in SEEDS
+        for pool in pools
+        for pe in ENCODINGS
+    ]
+
+
+# The short schedule first, then the paper's: with the three encodings that it compares most closely, then with all.
+TABLE2 = cifar(50) + cifar(400, ["mixed", "spherical-learned", "axial"]) + cifar(400)
+TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0], fraction=fraction)]
+SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and evaluate.py's flags, if it has a part
+    "bearing": (bearing("bearing", "cls"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
+    "bearing-corner": (bearing("bearing-corner", "cls", "mean"), "--regions"),
+    "table2": (TABLE2, ""),
+    "figure3": (TABLE2, "--sizes"),
+    "table7": (TABLE7, ""),
+}
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS)}")
+    parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop before that much time is over")
+    parser.add_argument("--report", action="store_true", help="write the README's tables and figures from results/")
+    args = parser.parse_args(argv)
+    if unknown := set(args.sets) - set(SETS):
+        parser.error(f"there is no set {', '.join(unknown)}: take {', '.join(SETS)}")
+    if not args.sets and not args.report:
+        parser.error(f"nothing to do: name a set ({', '.join(SETS)}) or add --report")
+    deadline = time.monotonic() + 60 * args.minutes
+    try:
+        for name in args.sets:
+            run_set(name, deadline)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        return e.code
+    if args.report:
+        report()
+    return 0
+
+
+class Stopped(Exception):
+    """Why no more is run, and the exit code."""
+
+    def __init__(self, why, code=0):
+        super().__init__(why)
+        self.code = code
+
+
+def run_set(name, deadline):
+    """Train and evaluate what results/<name>.csv has no row of, one after another; raises Stopped at the deadline."""
+    runs, evaluation = SETS[name]
+    rate = 0  # seconds an epoch, the slowest so far
+    for flags in runs:
+        if any(matches(row, flags) for row in read(name)):
+            continue
+        start, epochs = time.monotonic(), flags.get("epochs", 1)
+        if start + rate * epochs > deadline:
+            raise Stopped("There is no time for another run. The same command goes on.")
+        out = Path("runs", ",".join(f"{flag}={value}" for flag, value in flags.items()))
+        train = ["train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+        resume = ["--resume"] if (out / "last.pt").exists() else []
+        call([*train, f"--out={out}", *resume], deadline)
+        result = json.loads((out / "result.json").read_text())
+        row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
+        if evaluation:
+            call(["evaluate.py", str(out), *evaluation.split()], deadline)
+            found = json.loads((out / "evaluation.json").read_text())
+            row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
+        row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
+        row |= {key: result[key] for key in ("device", "torch", "commit")}
+        append(name, row | {"command": shlex.join(["python", *train])})
+        rate = max(rate, (time.monotonic() - start) / epochs)
+
+
+def call(script, deadline):
+    """Run one of our scripts to its end; at the deadline, or by Ctrl-C, it is asked to save and stop."""
+    process = subprocess.Popen([sys.executable, ROOT / script[0], *script[1:]])
+    why = "Stopped. The same command goes on."
+    try:
+        process.wait(None if deadline == math.inf else max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        why = "The time is over. The same command goes on."
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise Stopped(why) from None
+    except KeyboardInterrupt:  # the script has got it too
+        process.wait()
+        raise Stopped(why, 130) from None
+    if process.returncode:
+        raise Stopped(f"error: {shlex.join(script)} failed", process.returncode)
+
+
+def read(name):
+    """The rows of results/<name>.csv, dicts of strings."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def append(name, row):
+    rows = [*read(name), row]
+    longest = sorted(rows, key=len, reverse=True)  # an encoding that is told no positions lacks some columns
+    columns = list(dict.fromkeys(column for row in longest for column in row))
+    RESULTS.mkdir(exist_ok=True)
+    with replacing(RESULTS / f"{name}.csv") as tmp, open(tmp, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def matches(row, flags):
+    return all(row.get(flag) == str(value) for flag, value in flags.items())
+
+
+# The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row an encoding.
+
+PUBLISHED = {  # van de Geijn et al. 2025: table 2 (CIFAR-100, 400 epochs), table 7 (20, 40, 60, 80 % of the images)
+    "table2": {
+        "ape": "64.2 ± 0.9",
+        "axial": "72.1 ± 0.6",
+        "axial-learned": "72.9 ± 0.6",
+        "uniform": "70.5 ± 0.2",
+        "mixed": "74.7 ± 0.3",
+        "spherical": "73.2 ± 0.4",
+        "spherical-learned": "74.1 ± 0.4",
+        "liere": "73.1 ± 0.2",
+    },
+    "table7": {
+        "ape": "45.9, 53.4, 57.7, 59",
+        "axial": "55.3, 63.3, 66.0, 69.9",
+        "axial-learned": "56.6, 62.5, 66.8, 69.1",
+        "uniform": "52.8, 59.7, 64.1, 65.8",
+        "mixed": "56.9, 64.4, 70.0, 71.6",
+        "spherical": "56.0, 63.6, 67.6, 69.8",
+        "spherical-learned": "57.2, 65.3, 69.8, 72.6",
+    },
+}
+
+
+NOT_MEASURED = "*not measured*"
+
+
+def published(name):
+    return lambda pe: PUBLISHED[name].get(pe, "")
+
+
+def measured(name, column="accuracy", **flags):
+    """What a table says of an encoding: mean ± standard deviation over seeds of a column of results/<name>.csv."""
+
+    def cell(pe):
+        rows = [row for row in read(name) if matches(row, flags | {"pe": pe})]
+        values = [float(row[column]) for row in rows if row[column]]
+        if not values:
+            return "-" if rows else NOT_MEASURED
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    return cell
+
+
+def seeds(name, **flags):
+    """How many runs there were of it."""
+    return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)))
+
+
+TABLES = {  # name: its columns after the encoding's, each one a title and what stands there for an encoding
+    "table2": [
+        ("published, 400 epochs", published("table2")),
+        ("400 epochs", measured("table2", epochs=400)),
+        ("seeds", seeds("table2", epochs=400)),
+        ("50 epochs", measured("table2", epochs=50)),
+        ("seeds", seeds("table2", epochs=50)),
+    ],
+    "figure3": [
+        *((f"{size} px", measured("figure3", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
+        ("seeds", seeds("figure3", epochs=50)),
+    ],
+    "table7": [
+        ("published, 400 epochs", published("table7")),
+        *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
+        ("seeds", seeds("table7", fraction=0.2)),
+    ],
+    "bearing": [
+        ("test", measured("bearing")),
+        ("48 px", measured("bearing", "size 48")),
+        ("64 px", measured("bearing", "size 64")),
+        ("all shifted by 4", measured("bearing", "shift 4")),
+        ("by 16", measured("bearing", "shift 16")),
+        ("patches shifted by 1", measured("bearing", "patch shift 1")),
+        ("by 4", measured("bearing", "patch shift 4")),
+        ("shuffled", measured("bearing", "patches shuffled")),
+        ("seeds", seeds("bearing")),
+    ],
+    "bearing-corner": [
+        ("class token: where learned", measured("bearing-corner", "region upper left", pool="cls")),
+        ("opposite", measured("bearing-corner", "region lower right", pool="cls")),
+        ("everywhere", measured("bearing-corner", "region everywhere", pool="cls")),
+        ("seeds", seeds("bearing-corner", pool="cls")),
+        ("mean: where learned", measured("bearing-corner", "region upper left", pool="mean")),
+        ("opposite", measured("bearing-corner", "region lower right", pool="mean")),
+        ("everywhere", measured("bearing-corner", "region everywhere", pool="mean")),
+        ("seeds", seeds("bearing-corner", pool="mean")),
+    ],
+}
+
+
+def report(path=ROOT / "README.md"):
+    """Write all tables into the README, and draw the figure."""
+    text = path.read_text()
+    for name in TABLES:
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = before + start + table(name) + end + after
+    with replacing(path) as tmp:
+        tmp.write_text(text)
+    draw_corner()
+
+
+def table(name):
+    """The table in Markdown."""
+    titles, cells = zip(*TABLES[name], strict=True)
+    lines = [["`--pe`", *titles], ["---"] * (1 + len(titles))]
+    for pe in ENCODINGS:
+        line = [cell(pe) for cell in cells]
+        said_once = ("" if text == NOT_MEASURED and text in line[:i] else text for i, text in enumerate(line))
+        lines.append([f"`{pe}`", *said_once])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_corner():
+    """figures/bearing-corner.png: a dot a run, its accuracy in the corner that it never saw."""
+    encodings = ["none", "ape"]
+    broken = ["spherical", "spherical-learned", "liere"]
+    encodings += [pe for pe in ENCODINGS if pe not in encodings + broken] + broken
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for pool, label, colour, offset in (
+        ("cls", "a class token", "#d55e00", -0.12),
+        ("mean", "the mean of all patches", "#0072b2", 0.12),
+    ):
+        runs = [row for row in read("bearing-corner") if row["pool"] == pool]
+        accuracy = [float(row["region lower right"]) for row in runs]
+        place = [encodings.index(row["pe"]) + offset for row in runs]
+        axes.plot(accuracy, place, "o", color=colour, alpha=0.7, clip_on=False, label=label)
+    axes.axvline(12.5, color="#999999", linewidth=1, zorder=0)
+    for line in 1.5, len(encodings) - len(broken) - 0.5:
+        axes.axhline(line, color="#cccccc", linewidth=1, zorder=0)
+    for name, place in ("no rotation", 0.5), ("equivariant", 5), ("not equivariant", len(encodings) - 2):
+        axes.text(1.01, place, name, color="#666666", rotation=-90, va="center", transform=axes.get_yaxis_transform())
+    axes.set(xlim=(0, 100), xlabel="accuracy in the opposite corner (%); chance is 12.5", yticks=range(len(encodings)))
+    axes.set_yticklabels(encodings)
+    axes.set_ylim(len(encodings) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title="the classifier reads", loc="upper right")
+    path = ROOT / "figures" / "bearing-corner.png"
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The experiments: what is run and what is skipped, what a row says, and that the README shows what results/ holds."""
+
+import csv
+import math
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import experiments
+import train
+from data import Bearing
+from experiments import SETS, TABLES, Stopped, measured, read, run_set, seeds, table
+from vit import ENCODINGS
+
+ROOT = Path(__file__).parents[1]
+TINY = {"dataset": "bearing", "depth": 1, "heads": 1, "head-dim": 8, "batch-size": 32, "epochs": 1}
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Runs scripts in this process, on a tiny task and a set "tiny" of two runs; a list of what was called."""
+    monkeypatch.setattr(Bearing, "train_size", 64)
+    monkeypatch.setattr(Bearing, "test_size", 50)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    runs = [{"pe": pe, "seed": 1} | TINY for pe in ("ape", "axial")]
+    monkeypatch.setitem(SETS, "tiny", (runs, "--shift 4 --shuffle"))
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def call(script, deadline):
+        calls.append(script)
+        assert {"train.py": train, "evaluate.py": evaluate}[script[0]].main(script[1:]) == 0
+
+    monkeypatch.setattr(experiments, "call", call)
+    return calls
+
+
+def test_a_run_becomes_a_row_and_is_not_run_again(calls, tmp_path):
+    run_set("tiny", math.inf)
+    assert [script[0] for script in calls] == ["train.py", "evaluate.py"] * 2
+    with open(tmp_path / "results" / "tiny.csv", newline="") as f:
+        ape, axial = rows = list(csv.DictReader(f))
+    assert rows == read("tiny")
+    assert {"pe": "axial", "seed": "1", "epochs": "1", "dataset": "bearing"}.items() <= axial.items()
+    assert axial["shift 4"] == axial["accuracy"] and ape["shift 4"] == "" and ape["patches shuffled"]
+    assert float(axial["seconds"]) > 0 and float(axial["images_per_second"]) > 0 and axial["torch"] and axial["device"]
+    assert len(re.match("[0-9a-f]{40}", axial["commit"])[0]) == 40
+    repeated = train.parse_args(shlex.split(axial["command"])[2:])
+    assert (repeated.pe, repeated.seed, repeated.head_dim) == ("axial", 1, 8)
+    calls.clear()
+    run_set("tiny", math.inf)
+    assert not calls
+
+
+def test_a_run_that_is_trained_but_has_no_row_is_only_evaluated(calls, tmp_path):
+    run_set("tiny", math.inf)
+    before, trained = read("tiny"), {path: path.read_bytes() for path in Path("runs").rglob("last.pt")}
+    (tmp_path / "results" / "tiny.csv").unlink()
+    calls.clear()
+    run_set("tiny", math.inf)
+    assert read("tiny") == before and len(trained) == 2
+    assert all("--resume" in script for script in calls if script[0] == "train.py")
+    assert {path: path.read_bytes() for path in Path("runs").rglob("last.pt")} == trained
+
+
+def test_no_run_is_begun_that_would_not_end_in_time(calls, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    inner = experiments.call
+
+    def slow(script, deadline):
+        now[0] += 10 * (script[0] == "train.py")
+        inner(script, deadline)
+
+    monkeypatch.setattr(experiments, "call", slow)
+    with pytest.raises(Stopped, match="no time for another") as stopped:
+        run_set("tiny", 15)
+    assert stopped.value.code == 0 and [row["pe"] for row in read("tiny")] == ["ape"]
+    run_set("tiny", 25)
+    assert [row["pe"] for row in read("tiny")] == ["ape", "axial"]
+
+
+def test_at_the_deadline_a_run_is_saved_and_goes_on_later(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["train.py", *(f"--{k}={v}" for k, v in (TINY | {"epochs": 1000}).items()), "--out=run"]
+    with pytest.raises(Stopped, match="time is over") as stopped:
+        experiments.call(command, time.monotonic() + 12)
+    assert stopped.value.code == 0 and Path("run/last.pt").exists() and not Path("run/result.json").exists()
+    with pytest.raises(Stopped, match=r"train\.py .* failed") as stopped:  # a run that fails ends all
+        experiments.call(command, math.inf)
+    assert stopped.value.code == 2
+
+
+def test_tables_show_mean_spread_and_number_of_seeds(calls, monkeypatch):
+    for seed, accuracy in enumerate((70, 71, 73)):
+        experiments.append("tiny", {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "shift 1": 60})
+    experiments.append("tiny", {"pe": "axial", "seed": 0, "epochs": 400, "accuracy": 80, "shift 1": 60})
+    experiments.append("tiny", {"pe": "ape", "seed": 0, "epochs": 50, "accuracy": 50})
+    assert measured("tiny", epochs=50)("axial") == "71.3 ± 1.5"  # variance (16 + 1 + 25) / 9 / 2
+    assert measured("tiny", epochs=400)("axial") == "80.0"
+    assert measured("tiny", epochs=400)("ape") == measured("tiny")("liere") == "*not measured*"
+    assert measured("tiny", "shift 1")("ape") == "-"
+    assert seeds("tiny", epochs=50)("axial") == "3"
+    monkeypatch.setitem(TABLES, "tiny", [("short", measured("tiny", epochs=50))])
+    assert "| `axial` | 71.3 ± 1.5 |\n" in table("tiny") and table("tiny").count("\n") == 2 + len(ENCODINGS)
+
+
+def test_every_set_asks_for_what_the_scripts_take(capsys):
+    for runs, evaluation in SETS.values():
+        for flags in runs:
+            args = train.parse_args([f"--{flag}={value}" for flag, value in flags.items()])
+            assert args.pe == flags["pe"] and args.seed == flags["seed"]
+        evaluate.parse_args(["run", *evaluation.split()])
+    for flags in ["no such set"], [], ["table2", "--minutes", "0"]:
+        with pytest.raises(SystemExit) as stopped:
+            experiments.main(flags)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_shows_what_results_hold(name):
+    text = (ROOT / "README.md").read_text()
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    assert text.count(start) == text.count(end) == 1
+    assert text.partition(start)[2].partition(end)[0] == table(name), "run: python experiments.py --report"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.stem)
+def test_every_result_is_a_run_of_its_set_from_a_commit(path):
+    runs = SETS[path.stem][0]
+    for row in read(path.stem):
+        assert sum(experiments.matches(row, flags) for flags in runs) >= 1
+        assert re.fullmatch("[0-9a-f]{40}", row["commit"])
+        flags = train.parse_args(shlex.split(row["command"])[2:])
+        assert flags.pe == row["pe"] and str(flags.seed) == row["seed"] and str(flags.epochs) == row["epochs"]
