@@ -26,10 +26,14 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 def three_augment(images):
     """images (B, 3, S, S) uint8 -> (B, 3, S, S) float in [0, 1]."""
-    B, _, S, _ = images.shape
-    random = {"device": images.device}
-    start, size = draw_crops(B, S, **random)
-    images = crop(images / 255, start, size, flip=torch.rand(B, **random) < 0.5)
+    start, size = draw_crops(len(images), images.shape[-1], images.device)
+    return flip_and_color(crop(images / 255, start, size))
+
+
+def flip_and_color(images):
+    """What follows the crop: images (B, 3, S, S) float in [0, 1] -> the same shape, in [0, 1]."""
+    B, random = len(images), {"device": images.device}
+    images = mirror(images, torch.rand(B, **random) < 0.5)
     images = one_of_three(images, torch.randint(3, (B,), **random), sigma=0.1 + 1.9 * torch.rand(B, **random))
     return jitter(images, 0.7 + 0.6 * torch.rand(B, 3, **random), torch.rand(B, 3, **random).argsort(dim=1))
 
@@ -48,11 +52,15 @@ def draw_crops(B, S, device, tries=10):
     return (torch.rand(2, B, device=device) * (S - size + 1)).floor(), size
 
 
-def crop(images, start, size, flip):
-    """images (B, 3, S, S): the part given by start, size (2, B), enlarged to S x S, and mirrored where flip (B,) is."""
+def crop(images, start, size):
+    """images (B, 3, S, S): the part given by start, size (2, B), enlarged to S x S."""
     rows, columns = resize_matrices(start, size, images.shape[-1])
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return transform(rows, images, columns)
+
+
+def mirror(images, where):
+    """images (B, 3, S, S), left and right exchanged where (B,) says so."""
+    return torch.where(where.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def resize_matrices(start, size, S):

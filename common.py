@@ -1,4 +1,4 @@
-"""What the scripts share: command lines whose errors are one line, the folders of runs, and the accuracy of a model."""
+"""What the scripts share: the table of data sets, command lines whose errors are one line, files, accuracy."""
 
 import argparse
 import json
@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-from data import replacing
+from data import CIFAR100, Bearing, BearingCorner, replacing
+from imagenet import ImageNet
+
+DATASETS = {"cifar100": CIFAR100, "imagenet": ImageNet, "bearing": Bearing, "bearing-corner": BearingCorner}
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 A data set is a class with the constants num_classes, img_size (pixels a side) and train_size (images an epoch), and
 
-    data = Data(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu")
+    data = Data(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu").load()
     images, targets = data.train_batch(step)        # (B, 3, S, S) float, normalised and augmented; (B,) int64
     for images, labels in data.test_batches(): ...  # the test set once, as it is
     for images, labels in data.test_batches(img_size=48): ...  # and at another size
@@ -53,10 +53,15 @@ def replacing(path):
 class Dataset:
     """What all data sets share: a test set of bytes on the device, and the normalisation by the training images."""
 
-    def __init__(self, batch_size, device, test_images, test_labels):
+    damaged = 0  # files that could not be read
+
+    def __init__(self, batch_size, device):
         self.batch_size, self.device = batch_size, device
-        self.test_images, self.test_labels = test_images.to(device), test_labels.to(device)
         self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
+
+    def load(self):
+        """Fetch and read what training needs. Raises DataError."""
+        return self
 
     def normalise(self, images):
         return (images - self.shift) / self.scale
@@ -100,7 +105,7 @@ class Bearing(Dataset):
             raise DataError(
                 "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
             )
-        super().__init__(batch_size, device, *self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0)))
+        super().__init__(batch_size, device)
 
     def train_batch(self, step):
         images, labels = self.draw(self.batch_size, self.device)
@@ -108,8 +113,6 @@ class Bearing(Dataset):
 
     def test_set(self, img_size=None, region=None):
         """Test images as bytes (N, 3, S, S), with more or fewer cells if another size is asked for; labels (N,)."""
-        if img_size in (None, self.img_size) and region in (None, self.region):
-            return self.test_images, self.test_labels
         images, labels = self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0), img_size, region)
         return images.to(self.device), labels.to(self.device)
 
@@ -150,14 +153,17 @@ class CIFAR100(Dataset):
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
     def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu"):
-        folder = cifar100_folder(Path(root))
-        super().__init__(batch_size, device, *read_cifar100(folder / "test"))
+        super().__init__(batch_size, device)
+        self.root, self.seed, self.fraction, self.augment = Path(root), seed, fraction, augment
+
+    def load(self):
+        folder = cifar100_folder(self.root)
+        self.test_images, self.test_labels = (x.to(self.device) for x in read_cifar100(folder / "test"))
         images, labels = read_cifar100(folder / "train")
-        part = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[
-            : max(1, round(fraction * len(images)))
-        ]
-        self.images, self.labels, self.seed = images[part].to(device), labels[part].to(device), seed
-        self.augment = augment
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        part = order[: max(1, round(self.fraction * len(images)))]
+        self.images, self.labels = images[part].to(self.device), labels[part].to(self.device)
+        return self
 
     def train_batch(self, step):
         i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
@@ -169,9 +175,6 @@ class CIFAR100(Dataset):
         if self.augment == "mix":
             images, targets = mix(images, targets, self.num_classes)
         return self.normalise(images), targets
-
-
-DATASETS = {"cifar100": CIFAR100, "bearing": Bearing, "bearing-corner": BearingCorner}
 
 
 def batch_indices(step, batch_size, n, seed):

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import Parser, accuracy, add_device_flags, failed, number, reading, usable_device, write_json
-from data import DATASETS, REGIONS, Bearing, DataError
+from common import DATASETS, Parser, accuracy, add_device_flags, failed, number, reading, usable_device, write_json
+from data import REGIONS, Bearing, DataError
 from vit import ViT
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
@@ -87,8 +87,8 @@ def load(run, args):
         model.load_state_dict(saved["model"])
         config, epochs = saved["config"], len(saved["log"])
         about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=epochs, **config)
-        dataset = DATASETS[config["dataset"]]
-    return model, dataset(args.data_dir, batch_size=1, device=args.device), about
+        data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"])
+    return model, data.load(), about
 
 
 def evaluations(model, data, args):

@@ -293,6 +293,7 @@ def draw_corner():
     axes.set(xlim=(0, 100), xlabel="accuracy in the opposite corner (%); chance is 12.5", yticks=range(len(encodings)))
     axes.set_yticklabels(encodings)
     axes.set_ylim(len(encodings) - 0.5, -0.5)
+    axes.set_title("A class token ties what is learned to its place, equivariant or not", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="the classifier reads", loc="upper right")
     path = ROOT / "figures" / "bearing-corner.png"

@@ -2,6 +2,7 @@
 
     python train.py --pe spherical --dataset bearing    # a minute or two on a laptop's CPU, nothing to download
     python train.py --pe spherical                      # CIFAR-100, which wants a GPU
+    python train.py --pe spherical --dataset imagenet --data-dir DIR    # ImageNet: DIR/train/<class>/, DIR/val/<class>/
 
 A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row an epoch), curves.png, last.pt and, at its end,
 result.json. Ctrl-C stops a run; the same command with --resume goes on with it, also after a crash, and on a CPU to the
@@ -27,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
+    DATASETS,
     Parser,
     accuracy,
     add_device_flags,
@@ -40,7 +42,7 @@ from common import (
     usable_device,
     write_json,
 )
-from data import AUGMENT, DATASETS, DataError, replacing
+from data import AUGMENT, DataError, replacing
 from lamb import LAMB
 from vit import ENCODINGS, ViT
 
@@ -51,11 +53,26 @@ RECIPES = {
         "opt": "lamb",
         "warmup_epochs": 5,
         "augment": "mix",
+        "patch_size": 4,
         "depth": 12,
         "heads": 6,
         "head_dim": 60,
         "dropout": 0.1,
         "drop_path": 0.1,
+        "layer_scale": 1e-4,
+    },
+    "imagenet": {
+        "epochs": 200,
+        "batch_size": 512,
+        "opt": "lamb",
+        "warmup_epochs": 5,
+        "augment": "3",
+        "patch_size": 16,
+        "depth": 12,
+        "heads": 6,
+        "head_dim": 64,
+        "dropout": 0.0,
+        "drop_path": 0.0,
         "layer_scale": 1e-4,
     },
     "bearing": {
@@ -65,6 +82,7 @@ RECIPES = {
         "lr": 2e-3,
         "warmup_epochs": 1,
         "augment": "none",
+        "patch_size": 4,
         "depth": 2,
         "heads": 4,
         "head_dim": 24,
@@ -76,7 +94,8 @@ RECIPES = {
 RECIPES["bearing-corner"] = RECIPES["bearing"]
 OPTIMIZERS = {"lamb": LAMB, "adamw": partial(torch.optim.AdamW, fused=True)}
 LEARNING_RATES = {"lamb": 4e-3, "adamw": 1e-3}  # where a recipe has none
-FREE_TO_CHANGE = {"data_dir", "device", "out", "resume", "compile", "amp"}  # by --resume: where and how fast, not what
+IMAGENET = {"img_size": 224, "eval_size": None, "workers": 8, "limit_classes": None, "skip_damaged": False}  # its flags
+FREE_TO_CHANGE = {"data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged"}  # to resume
 CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
 
 
@@ -96,6 +115,8 @@ def main(argv=None):
             return 130
     except Diverged as e:
         return failed(e, 1)
+    except DataError as e:  # an image that cannot be read
+        return failed(f"{e}; then go on with --resume")
     except torch.OutOfMemoryError:
         return failed(f"the GPU's memory is full: try a --batch-size below {args.batch_size}")
     except OSError as e:
@@ -110,7 +131,7 @@ def parse_args(argv):
 
     def add_from_recipe(flag, kind, what, **options):
         key = flag.strip("-").replace("-", "_")
-        defaults = ", ".join(f"{name} {RECIPES[name][key]}" for name in ("cifar100", "bearing"))
+        defaults = ", ".join(f"{name} {RECIPES[name][key]}" for name in ("cifar100", "imagenet", "bearing"))
         add(flag, type=kind, help=f"{what} ({defaults})", **options)
 
     add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
@@ -136,10 +157,15 @@ def parse_args(argv):
     add_from_recipe("--dropout", rate, "chance to drop a channel, after embedding, attention and MLP")
     add_from_recipe("--drop-path", rate, "stochastic depth: chance to skip the last block")
     add_from_recipe("--layer-scale", number(float, least=0), "LayerScale's initial value, 0 for none")
-    add("--patch-size", type=number(int, least=1), default=4, help="side of a patch in pixels (%(default)s)")
+    add_from_recipe("--patch-size", number(int, least=1), "side of a patch in pixels")
     add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
     add("--jitter", type=number(float, least=0), default=0.0, help="noise on positions in training, in patches (0)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
+    add("--img-size", type=number(int, least=1), help="imagenet: side of the training images in pixels (224)")
+    add("--eval-size", type=number(int, least=1), help="imagenet: side of the test images in pixels (as in training)")
+    add("--limit-classes", type=number(int, least=1), help="imagenet: the first so many classes only (all)")
+    add("--workers", type=number(int, least=0), help="imagenet: processes that decode images (8)")
+    add("--skip-damaged", action="store_const", const=True, help="imagenet: leave out files that cannot be read")
     add("--seed", type=number(int, least=0), default=0, help="decides all that is random (%(default)s)")
     add("--out", type=Path, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -147,6 +173,12 @@ def parse_args(argv):
     add_device_flags(parser)
 
     args = parser.parse_args(argv)
+    for name, value in IMAGENET.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value if args.dataset == "imagenet" else None)
+        elif args.dataset != "imagenet":
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is for --dataset imagenet: leave it out")
     on_cuda = args.device.startswith("cuda")
     out = Path("runs") / f"{args.dataset}-{args.pe}-s{args.seed}"
     for name, value in ({"out": out, "compile": on_cuda, "amp": on_cuda} | RECIPES[args.dataset]).items():
@@ -158,18 +190,22 @@ def parse_args(argv):
 
 def set_up(args):
     """All that a run needs -> model, data, optimizer, state. Nothing is written before everything is found right."""
-    device, dataset = usable_device(args.device), DATASETS[args.dataset]
+    device = usable_device(args.device)
     if args.block_size and not args.pe.startswith(("liere", "comrope")):
         raise ValueError(
             f"--pe {args.pe} has no blocks: leave --block-size out, or take liere, comrope-ap or comrope-ld"
         )
     if args.jitter and args.pe in ("none", "ape"):
         raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
+    data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
+    if args.dataset == "imagenet":
+        data_options |= {name: getattr(args, name) for name in IMAGENET if name != "eval_size"}
+    data = DATASETS[args.dataset](args.data_dir, device=device, **data_options)
     options = {
         "pe": args.pe,
-        "img_size": dataset.img_size,
+        "img_size": data.img_size,
         "patch_size": args.patch_size,
-        "num_classes": dataset.num_classes,
+        "num_classes": data.num_classes,
         "depth": args.depth,
         "num_heads": args.heads,
         "head_dim": args.head_dim,
@@ -187,16 +223,16 @@ def set_up(args):
         "log": [],
         "totals": torch.zeros(4, device=device),  # steps, loss, hits and gradient norm, summed over this epoch
         "vit": options,
+        "data": data_options,
         "made": environment(args.device),
     }
     if args.resume:
         load(args, model, optimizer, state)
     elif (args.out / "last.pt").exists():
         raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
-    if device.type == "cpu" and args.dataset == "cifar100":
-        estimate(args, model, dataset, args.epochs - len(state["log"]))
-    options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
-    data = dataset(args.data_dir, device=device, **options)
+    if device.type == "cpu" and args.dataset in ("cifar100", "imagenet"):
+        estimate(args, model, data, args.epochs - len(state["log"]))
+    data.load()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
@@ -225,14 +261,14 @@ def make_optimizer(args, model):
     return OPTIMIZERS[args.opt](groups)
 
 
-def estimate(args, model, dataset, epochs):
+def estimate(args, model, data, epochs):
     """Say how long the run will take on this CPU, going by one step with a few images."""
-    images = torch.zeros(16, 3, dataset.img_size, dataset.img_size)
+    images = torch.zeros(16, 3, data.img_size, data.img_size)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         with autocast(args.device, args.amp):
             model(images).sum().backward()
-        seconds = (time.perf_counter() - start) / len(images) * dataset.train_size * epochs
+        seconds = (time.perf_counter() - start) / len(images) * data.train_size * epochs
     model.zero_grad()
     size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds > s or s == 60)
     print(f"On this CPU {epochs} epochs will take about {seconds / size:.1f} {unit}.", end=" ")
@@ -252,9 +288,11 @@ def train(args, model, data, optimizer, state):
     with tqdm(total=images, initial=state["step"] * args.batch_size, unit="img", unit_scale=True, disable=None) as bar:
         try:
             run(args, model, data, optimizer, state, steps_per_epoch, bar)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DataError) as e:
             with suppress(KeyboardInterrupt):  # another Ctrl-C does not hinder the saving
                 save(args, model, optimizer, state)
+            if isinstance(e, DataError):
+                raise
             return False
 
     result_path = args.out / "result.json"
@@ -276,6 +314,8 @@ def train(args, model, data, optimizer, state):
             **json.loads(result_path.read_text())
         )
     )
+    if data.damaged:
+        print(f"{data.damaged} damaged images were left out")
     return True
 
 
@@ -353,7 +393,7 @@ def finish_epoch(args, model, data, optimizer, state):
         "lr": optimizer.param_groups[0]["lr"],
         "train_loss": round(loss, 4),
         "train_accuracy": round(100 * hits, 2),
-        "test_accuracy": round(accuracy(model, data.test_batches(), args.amp), 2),
+        "test_accuracy": round(accuracy(model, data.test_batches(img_size=args.eval_size), args.amp), 2),
         "seconds": round(state["seconds"] + waited, 2),
     }
     with uninterrupted():

@@ -20,6 +20,7 @@ from augment import (
     draw_box,
     draw_crops,
     jitter,
+    mirror,
     mix,
     one_of_three,
     three_augment,
@@ -91,7 +92,7 @@ def test_crop_is_pillows_to_float_precision_where_nothing_clips(S):
     """Pillow neither rounds nor clips images of floats. The sizes of cubic weights sum to 1.25 at most on an axis."""
     B = 100
     images, (start, size) = 0.3 + 0.4 * torch.rand(B, 3, S, S), boxes(B, S)
-    ours = crop(images, start, size, torch.zeros(B, dtype=torch.bool))
+    ours = crop(images, start, size)
     for i in range(B):
         image = Image.fromarray(images[i, 0].numpy()).crop(pillow_box(start[:, i], size[:, i]))
         theirs = torch.from_numpy(np.array(image.resize((S, S), Image.Resampling.BICUBIC)))
@@ -103,20 +104,17 @@ def test_crop_is_pillows_clipping_included(S):
     """Bytes are rounded after each axis: half a level, and 1.25 times that from the first."""
     B = 100
     images, (start, size) = noise(B, S), boxes(B, S)
-    ours = 255 * crop(images / 255, start, size, torch.zeros(B, dtype=torch.bool))
+    ours = 255 * crop(images / 255, start, size)
     for i in range(B):
         image = to_pillow(images[i]).crop(pillow_box(start[:, i], size[:, i])).resize((S, S), Image.Resampling.BICUBIC)
         assert (ours[i] - levels(image)).abs().max() < 1.13
 
 
-def test_flip_mirrors_left_and_right_after_the_crop():
-    B, S = 50, 20
-    images, (start, size) = noise(B, S) / 255, boxes(B, S)
-    flip = torch.arange(B) % 2 == 0
-    plain = crop(images, start, size, torch.zeros(B, dtype=torch.bool))
-    mirrored = crop(images, start, size, flip)
-    torch.testing.assert_close(mirrored[flip], plain[flip].flip(-1), rtol=0, atol=1e-6)
-    assert torch.equal(mirrored[~flip], plain[~flip])
+def test_a_mirror_exchanges_left_and_right_where_it_shall():
+    images, where = noise(50, 20), torch.arange(50) % 2 == 0
+    mirrored = mirror(images, where)
+    for before, after, flip in zip(images, mirrored, where, strict=True):
+        assert torch.equal(after.float(), levels(ImageOps.mirror(to_pillow(before))) if flip else before.float())
 
 
 def torchvision_crop(S):
@@ -267,10 +265,11 @@ def test_jitter_is_pillows_in_all_six_orders():
 def test_three_augment_is_pillows_pipeline(monkeypatch):
     """With the draws read off: all that differs is what Pillow rounds or cuts off in each of up to eleven steps."""
     B, S = 60, 32
-    crops, threes, jitters = (spy(monkeypatch, name) for name in ("crop", "one_of_three", "jitter"))
+    names = "crop", "mirror", "one_of_three", "jitter"
+    crops, mirrors, threes, jitters = (spy(monkeypatch, name) for name in names)
     images = noise(B, S)
     ours = 255 * three_augment(images)
-    (_, start, size, flip), (_, choice, sigma), (_, factors, order) = crops[0], threes[0], jitters[0]
+    (_, start, size), (_, flip), (_, choice, sigma), (_, factors, order) = crops[0], mirrors[0], threes[0], jitters[0]
     for i in range(B):
         image = to_pillow(images[i]).crop(pillow_box(start[:, i].long(), size[:, i].long()))
         image = image.resize((S, S), Image.Resampling.BICUBIC)
@@ -289,9 +288,9 @@ def test_three_augment_is_pillows_pipeline(monkeypatch):
 
 def test_draws(monkeypatch):
     N = 20_000
-    crops, threes, jitters = (spy(monkeypatch, name) for name in ("crop", "one_of_three", "jitter"))
+    mirrors, threes, jitters = (spy(monkeypatch, name) for name in ("mirror", "one_of_three", "jitter"))
     three_augment(noise(N, 4))
-    (_, _, _, flip), (_, choice, sigma), (_, factors, order) = crops[0], threes[0], jitters[0]
+    (_, flip), (_, choice, sigma), (_, factors, order) = mirrors[0], threes[0], jitters[0]
     assert_mean(flip, 1 / 2, 1 / 2)
     assert_mean(choice[:, None] == torch.arange(3), 1 / 3, math.sqrt(2) / 3)
     assert_uniform(sigma, 0.1, 2)
@@ -320,10 +319,11 @@ def test_shapes_range_and_seed(B, S):
 
 
 def test_every_image_is_augmented_in_its_own_way(monkeypatch):
-    crops, threes, jitters = (spy(monkeypatch, name) for name in ("crop", "one_of_three", "jitter"))
+    names = "crop", "mirror", "one_of_three", "jitter"
+    crops, mirrors, threes, jitters = (spy(monkeypatch, name) for name in names)
     out = three_augment(noise(1, 20).expand(50, 3, 20, 20))
     assert len(out.flatten(1).unique(dim=0)) == 50
-    (_, start, size, flip), (_, choice, sigma), (_, factors, order) = crops[0], threes[0], jitters[0]
+    (_, start, size), (_, flip), (_, choice, sigma), (_, factors, order) = crops[0], mirrors[0], threes[0], jitters[0]
     different = [len(drawn.unique(dim=0)) for drawn in (flip, choice, order, start.T, size.T, sigma, factors)]
     assert different[:3] == [2, 3, 6] and min(different[3:5]) > 25 and different[5:] == [50, 50]
 

@@ -1,6 +1,7 @@
 """The training script: its files, its errors, and that a run can be stopped anywhere and go on to the very same end."""
 
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -10,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import pickled, split
 
 import data
+import evaluate
 import train
 from data import Bearing
 
@@ -142,6 +146,50 @@ def test_the_papers_recipe_stops_anywhere_and_goes_on_to_the_same_bits(opt, cifa
     assert state["step"] == 12 and state["exp_avg"].any()
 
 
+def make_imagenet(root, n=8):
+    """Three classes of noise in ImageNet's layout."""
+    rng = np.random.default_rng(0)
+    for part, name, i in itertools.product(("train", "val"), "abc", range(n)):
+        path = Path(root, part, name, f"{i}.jpeg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_imagenet_trains_stops_resumes_and_is_evaluated(workers, monkeypatch, capsys):
+    make_imagenet("in")
+    flags = ["--dataset=imagenet", "--data-dir=in", "--img-size=32", "--patch-size=16", "--eval-size=48"]
+    flags += [f"--workers={workers}", "--batch-size=6", "--limit-classes=2"]
+    assert run("--out", "whole", *flags) == 0
+    assert weights("whole")["step"] == 3 * (16 // 6)
+    assert weights("whole")["model"]["head.weight"].shape == (2, 24)
+    with monkeypatch.context() as patch:
+        train_step = train.train_step
+
+        def interrupting(*args):
+            if args[4]["step"] == 3:
+                signal.raise_signal(signal.SIGINT)
+            train_step(*args)
+
+        patch.setattr(train, "train_step", interrupting)
+        assert run("--out", "cut", *flags) == 130
+    assert run("--out", "cut", *flags, "--resume", "--workers=1") == 0
+    assert_same_end("whole", "cut")
+    assert evaluate.main(["whole", "--data-dir=in", "--device=cpu", "--sizes", "48"]) == 0
+    found = json.loads(Path("whole/evaluation.json").read_text())
+    assert found["size"]["48"] == json.loads(Path("whole/result.json").read_text())["test_accuracy"]
+
+
+def test_an_image_that_is_none_stops_the_run_with_its_path_or_is_skipped(capsys):
+    make_imagenet("in")
+    Path("in/train/b/3.jpeg").write_bytes(b"no image")
+    flags = ["--dataset=imagenet", "--data-dir=in", "--img-size=32", "--patch-size=16", "--workers=0"]
+    line = bad(capsys, "--out=a", *flags)
+    assert "in/train/b/3.jpeg" in line and "--skip-damaged" in line and "--resume" in line
+    assert run("--out=a", *flags, "--skip-damaged", "--resume") == 0
+    assert "1 damaged" in capsys.readouterr().out
+
+
 def start(out, *flags):
     """The same tiny run, but of 300 epochs, in a process of its own and with a checkpoint after every step."""
     code = (
@@ -209,6 +257,8 @@ def bad(capsys, *flags):
     [
         ("--pe rope", ["none", "ape", "axial", "spherical-learned"]),
         ("--dataset mnist", ["cifar100", "bearing"]),
+        ("--workers 2", ["--workers is for --dataset imagenet"]),
+        ("--skip-damaged", ["--skip-damaged is for --dataset imagenet"]),
         ("--patch-size 5", ["multiple of patch_size = 5", "32"]),
         ("--head-dim 2 --pe spherical", ["head_dim must be at least 3"]),
         ("--epochs 0", ["--epochs", "an integer from 1 up, not 0"]),
@@ -414,4 +464,4 @@ def test_help_names_every_flag_and_its_default(capsys):
     shown = capsys.readouterr().out
     for flag in vars(train.parse_args([])):
         assert f"--{flag.replace('_', '-')} " in shown
-    assert "cifar100 400, bearing 10" in " ".join(shown.split())
+    assert "cifar100 400, imagenet 200, bearing 10" in " ".join(shown.split())

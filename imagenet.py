@@ -1,0 +1,266 @@
+"""ImageNet, or whatever images lie in folders like ImageNet's: read by worker processes, augmented on the device.
+
+    root/train/<class>/<image>        root/val/<class>/<image>        .jpeg .jpg .png .bmp .webp
+
+    data = ImageNet(root, batch_size=512, augment="mix", device="cuda", workers=8)
+    images, targets = data.train_batch(step)        # as with the data sets of data.py; best asked for step by step
+    for images, labels in data.test_batches(): ...
+
+Decoding JPEGs can take longer than training on them, so no more is decoded than is needed. The crop is chosen first, by
+the size in the header. A JPEG holds blocks of 8 x 8 frequencies: without the higher ones the same image comes out at
+1/2, 1/4 or 1/8 of its size, and sooner. The smallest that leaves the crop S pixels a side is decoded, then cropped and
+resized at once. Bytes go to the device, where whole batches are flipped, coloured, mixed and normalised.
+
+Which part of which image a sample is depends on the seed, the step and its place in the batch alone: not on how many
+workers there are, nor on how many processes (world_size) train on a part of each batch.
+"""
+
+import itertools
+import math
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.Image import Transpose
+from torch.utils.data import DataLoader
+
+from augment import flip_and_color, mix
+from data import DataError, Dataset, batch_indices
+
+SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
+FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no other, whatever a file is called: for some, Pillow starts programs
+TRIES = 100  # with so many unreadable images in a row, it is not the images
+ORIENTATION = 0x0112  # in EXIF data
+UPRIGHT = {  # what mends an orientation
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of odd EXIF data, which is read as far as it goes
+
+
+class ImageNet(Dataset):
+    """fraction < 1 trains on a part of the images, the same for every seed; limit_classes keeps the first ones by name.
+
+    An image that cannot be read is a DataError, or if skip_damaged, replaced by another one in training and left out of
+    the test; damaged says how many such files this process (rank) has met.
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        root,
+        *,
+        batch_size=512,
+        seed=0,
+        fraction=1.0,
+        augment="3",
+        device="cpu",
+        img_size=224,
+        workers=8,
+        limit_classes=None,
+        skip_damaged=False,
+        rank=0,
+        world_size=1,
+    ):
+        if batch_size % world_size:
+            raise DataError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
+        train, val = Path(root, "train"), Path(root, "val")
+        classes = find_classes(train, val, limit_classes)
+        files, labels = find_images(train, classes)
+        part = np.random.default_rng(0).permutation(len(files))[: max(1, round(fraction * len(files)))]
+        self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
+        self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_damaged)
+        self.test = Reader(val, *find_images(val, classes), img_size, False, skip_damaged)
+        super().__init__(batch_size, torch.device(device))
+        self.seed, self.augment, self.workers, self.rank, self.world_size = seed, augment, workers, rank, world_size
+        self.batches, self.next_step, self.damaged_files = None, None, set()
+
+    @property
+    def damaged(self):
+        return len(self.damaged_files)
+
+    def train_batch(self, step):
+        """-> images (B / world_size, 3, S, S), labels (B / world_size,) or soft targets (B / world_size, num_classes).
+
+        The workers read ahead, so the next step's images are there soon, while any other step is a new start.
+        """
+        if step != self.next_step:
+            self.batches = iter(self.loader(self.train, self.train_jobs(step)))
+        images, targets = self.receive(next(self.batches))
+        self.next_step = step + 1
+        if self.augment != "none":
+            images = 255 * flip_and_color(images / 255)
+        if self.augment == "mix":
+            images, targets = mix(images, targets, self.num_classes)
+        return self.normalise(images), targets
+
+    def test_batches(self, batch_size=500, img_size=None):
+        """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
+        for batch in self.loader(replace(self.test, S=img_size or self.img_size), self.test_jobs(batch_size)):
+            images, labels = self.receive(batch)
+            if len(labels):  # else all of them were damaged
+                yield self.normalise(images), labels
+
+    def train_jobs(self, start):
+        """What Reader is to read for this rank's part of step start, start + 1 and so on, without an end."""
+        places = np.arange(self.rank, self.batch_size, self.world_size)
+        for step in itertools.count(start):
+            i = batch_indices(step, self.batch_size, len(self.train.files), self.seed)
+            yield i[places], [(self.seed, step, place) for place in places.tolist()]
+
+    def test_jobs(self, batch_size):
+        i = np.arange(self.rank, len(self.test.files), self.world_size)
+        for start in range(0, len(i), batch_size):
+            part = i[start : start + batch_size]
+            yield part, [None] * len(part)
+
+    def loader(self, reader, jobs):
+        """The results of all jobs, in order; each is done by one worker."""
+        return DataLoader(
+            reader,
+            batch_size=None,
+            sampler=jobs,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",  # a copy from there is one that the host need not wait for
+            generator=torch.Generator(),  # or it draws from the global one at its start, and a resumed step differs
+        )
+
+    def receive(self, batch):
+        """A job's result -> images (B, 3, S, S) uint8, labels (B,), on the device."""
+        if isinstance(batch, DataError):
+            raise batch
+        images, labels, damaged = batch
+        self.damaged_files.update(damaged)
+        images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+        return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def find_classes(train, val, limit):
+    """-> the names of the classes. A class's label is its place among them."""
+    for folder in train, val:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not there: --data-dir must be a folder with train/<class>/ and val/<class>/")
+    names, tested = ({entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in (train, val))
+    classes = sorted(names)
+    if not classes:
+        raise DataError(f"{train} has no classes: put the images of each class into a folder of its own there")
+    if limit is not None and not 1 <= limit <= len(classes):
+        raise DataError(f"{train} has {len(classes)} classes: --limit-classes must be from 1 to that, not {limit}")
+    for name in sorted(names ^ tested if limit is None else set(classes[:limit]) - tested):
+        missing = (val if name in names else train) / name
+        raise DataError(f"{missing} is not there: train and val must have folders for the same classes")
+    return classes[:limit]
+
+
+def find_images(folder, classes):
+    """-> files "class/name" (N,) as bytes, labels (N,).
+
+    An array is one object. Of a list, each worker would come to copy every string, by counting the references to it.
+    """
+    files, labels = [], []
+    for label, c in enumerate(classes):
+        names = sorted(n for n in os.listdir(folder / c) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
+        if not names:
+            raise DataError(f"{folder / c} has no images: give it some that end in {', '.join(SUFFIXES)}")
+        files += [os.fsencode(f"{c}/{name}") for name in names]
+        labels += [label] * len(names)
+    return np.array(files), np.array(labels)
+
+
+@dataclass
+class Reader:
+    """What a worker needs to know: images, their labels, and what is to become of them."""
+
+    folder: Path
+    files: np.ndarray
+    labels: np.ndarray
+    S: int
+    augment: bool
+    skip_damaged: bool
+
+    def __getitem__(self, job):
+        """Which images (B,), and a seed for each, or None in a test -> (B, S, S, 3) uint8, labels (B,), damaged files.
+
+        Or a DataError, not raised: that would put the worker's traceback into its text.
+        """
+        images, labels, damaged = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
+        for i, seed in zip(*job, strict=True):
+            random = seed and np.random.default_rng(seed)
+            for _ in range(TRIES):
+                path = self.folder / os.fsdecode(self.files[i])
+                try:
+                    images[len(labels)] = load(path, self.S, random if self.augment else None)
+                    labels.append(self.labels[i])
+                    break
+                except Exception as e:  # a damaged file can fail in any way
+                    if not self.skip_damaged:
+                        why = f"{type(e).__name__}: {e}"
+                        return DataError(f"cannot read {path} ({why}): mend it, delete it, or use --skip-damaged")
+                damaged.append(str(path))
+                if random is None:
+                    break
+                i = random.integers(len(self.files))
+            else:
+                return DataError(f"cannot read {path}, nor {TRIES - 1} others tried before: is {self.folder} whole?")
+        return images[: len(labels)], np.array(labels, dtype=np.int64), damaged
+
+
+def load(path, S, random=None):
+    """A part of an image, S x S: (S, S, 3) uint8. Which part is drawn from random, or without that, the middle.
+
+    It is chosen as the image is stored, and turned upright last: the draw is the same for rows and for columns.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        upright = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        box = random_crop(*image.size, random) if random else centre_crop(*image.size, S)
+        reduced = max((r for r in (2, 4, 8) if r * S <= min(box[2] - box[0], box[3] - box[1])), default=1)
+        if reduced > 1 and image.draft(None, (image.width // reduced, image.height // reduced)):  # it is a JPEG
+            box = [x / reduced for x in box]
+        image = opaque(image).resize((S, S), Image.BICUBIC, box)
+    if upright is not None:
+        image = image.transpose(upright)
+    return np.asarray(image.convert("RGB"))
+
+
+def random_crop(width, height, random):
+    """-> left, top, right, bottom in whole pixels: area 0.08 to 1, width / height 3/4 to 4/3, log-uniform.
+
+    As torchvision's RandomResizedCrop: the first of ten tries that fits in the image, and if none does, the middle of
+    it, as much as a ratio of 3/4 to 4/3 allows.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(-1, 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def centre_crop(width, height, S):
+    """-> left, top, right, bottom: the middle S x S of the image, were its shorter side resized to S / 0.875."""
+    side = min(width, height) * S / round(S / 0.875)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def opaque(image):
+    """An image of any mode -> RGB, or L, which is resized in a third of the time. What is transparent lies on white."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
