@@ -113,10 +113,12 @@ class ImageNet(Dataset):
 
     def train_jobs(self, start):
         """What Reader is to read for this rank's part of step start, start + 1 and so on, without an end."""
-        places = np.arange(self.rank, self.batch_size, self.world_size)
-        for step in itertools.count(start):
-            i = batch_indices(step, self.batch_size, len(self.train.files), self.seed)
-            yield i[places], [(self.seed, step, place) for place in places.tolist()]
+        B, n, seed = self.batch_size, len(self.train.files), self.seed
+        places = range(self.rank, B, self.world_size)
+        return (  # without self in it, data is freed when it is let go of, and its workers end in an orderly way
+            (batch_indices(step, B, n, seed)[places], [(seed, step, place) for place in places])
+            for step in itertools.count(start)
+        )
 
     def test_jobs(self, batch_size):
         i = np.arange(self.rank, len(self.test.files), self.world_size)
@@ -137,8 +139,8 @@ class ImageNet(Dataset):
 
     def receive(self, batch):
         """A job's result -> images (B, 3, S, S) uint8, labels (B,), on the device."""
-        if isinstance(batch, DataError):
-            raise batch
+        if isinstance(batch, str):
+            raise DataError(batch)
         images, labels, damaged = batch
         self.damaged_files.update(damaged)
         images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
@@ -191,7 +193,7 @@ class Reader:
     def __getitem__(self, job):
         """Which images (B,), and a seed for each, or None in a test -> (B, S, S, 3) uint8, labels (B,), damaged files.
 
-        Or a DataError, not raised: that would put the worker's traceback into its text.
+        Or what is wrong, as a text: an error raised here would arrive with this process's traceback in it.
         """
         images, labels, damaged = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
         for i, seed in zip(*job, strict=True):
@@ -205,13 +207,13 @@ class Reader:
                 except Exception as e:  # a damaged file can fail in any way
                     if not self.skip_damaged:
                         why = f"{type(e).__name__}: {e}"
-                        return DataError(f"cannot read {path} ({why}): mend it, delete it, or use --skip-damaged")
+                        return f"cannot read {path} ({why}): mend it, delete it, or use --skip-damaged"
                 damaged.append(str(path))
                 if random is None:
                     break
                 i = random.integers(len(self.files))
             else:
-                return DataError(f"cannot read {path}, nor {TRIES - 1} others tried before: is {self.folder} whole?")
+                return f"cannot read {path}, nor {TRIES - 1} others tried before: is {self.folder} whole?"
         return images[: len(labels)], np.array(labels, dtype=np.int64), damaged
 
 

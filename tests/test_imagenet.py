@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import random
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -145,6 +146,23 @@ def test_a_step_is_the_same_wherever_one_starts(root):
     first = batches(data, range(4))
     assert same(batches(data, [2, 3]), first[2:]) and same(batches(data, [1, 1, 3]), [first[i] for i in (1, 1, 3)])
     assert not same(batches(make(root, seed=1), [0]), first[:1])
+
+
+def test_workers_are_kept_from_step_to_step(root):
+    data = make(root)
+    data.train_batch(3)
+    kept = data.batches
+    batches(data, range(4, 7))
+    assert data.batches is kept
+
+
+def test_a_data_set_that_nobody_holds_is_freed(root):
+    """And ends its workers, who would not hear of it from the garbage collector and be waited for, 5 s each."""
+    data = make(root)
+    data.train_batch(0)
+    alive = weakref.ref(data)
+    del data
+    assert alive() is None
 
 
 def test_an_image_is_cropped_anew_in_each_place_and_step(root):
@@ -429,10 +447,15 @@ def test_a_damaged_image_is_told_in_a_line(root, name):
         list(data.test_batches())
 
 
-def told_of(path, data):
+def error(data):
     with pytest.raises(DataError) as e:
         data.train_batch(0)
-    message = str(e.value)
+    data.batches = None  # else e's traceback keeps the workers, and left to the garbage collector they take 5 s each
+    return str(e.value)
+
+
+def told_of(path, data):
+    message = error(data)
     assert str(path) in message and "--skip-damaged" in message and "\n" not in message and "Traceback" not in message
 
 
@@ -491,8 +514,8 @@ def test_mostly_damaged_is_no_trouble_and_all_damaged_is_told(root):
     assert set(number(images)) == {6} and set(labels.tolist()) == {2} and data.damaged == 15
     paths[-1].write_bytes(b"")
     for workers in 0, 1:
-        with pytest.raises(DataError, match=f"^cannot read {root}.* is {root}/train whole\\?$"):
-            make(root, skip_damaged=True, workers=workers).train_batch(0)
+        message = error(make(root, skip_damaged=True, workers=workers))
+        assert message.startswith(f"cannot read {root}") and message.endswith(f" is {root}/train whole?")
 
 
 def test_a_test_set_of_damaged_images_is_empty(root):
