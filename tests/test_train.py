@@ -43,6 +43,20 @@ def weights(out):
     return torch.load(Path(out) / "last.pt", weights_only=True)
 
 
+def interrupted(monkeypatch, step, *flags):
+    """A run that Ctrl-C stops after so many steps."""
+    train_step = train.train_step
+
+    def interrupting(*args):
+        if args[4]["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+        train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupting)
+        assert run(*flags) == 130
+
+
 def assert_same_end(a, b):
     """Two run folders hold the same weights, optimizer state and log, bit for bit, but for the time it took."""
     a, b = weights(a), weights(b)
@@ -129,17 +143,7 @@ def test_the_papers_recipe_stops_anywhere_and_goes_on_to_the_same_bits(opt, cifa
     config = json.loads(Path("whole/config.json").read_text())
     recipe = {"lr": {"lamb": 4e-3, "adamw": 1e-3}[opt], "warmup_epochs": 5, "weight_decay": 0.05, "augment": "mix"}
     assert (recipe | {"dropout": 0.1, "drop_path": 0.1, "layer_scale": 1e-4}).items() <= config.items()
-    train_step, calls = train.train_step, []
-
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            signal.raise_signal(signal.SIGINT)
-        train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", interrupting)
-        assert run("--out", "cut", *flags) == 130
+    interrupted(monkeypatch, 5, "--out", "cut", *flags)
     assert run("--out", "cut", *flags, "--resume") == 0
     assert_same_end("whole", "cut")
     state = weights("whole")["optimizer"]["state"][0]
@@ -163,16 +167,7 @@ def test_imagenet_trains_stops_resumes_and_is_evaluated(workers, monkeypatch, ca
     assert run("--out", "whole", *flags) == 0
     assert weights("whole")["step"] == 3 * (16 // 6)
     assert weights("whole")["model"]["head.weight"].shape == (2, 24)
-    with monkeypatch.context() as patch:
-        train_step = train.train_step
-
-        def interrupting(*args):
-            if args[4]["step"] == 3:
-                signal.raise_signal(signal.SIGINT)
-            train_step(*args)
-
-        patch.setattr(train, "train_step", interrupting)
-        assert run("--out", "cut", *flags) == 130
+    interrupted(monkeypatch, 3, "--out", "cut", *flags)
     assert run("--out", "cut", *flags, "--resume", "--workers=1") == 0
     assert_same_end("whole", "cut")
     assert evaluate.main(["whole", "--data-dir=in", "--device=cpu", "--sizes", "48"]) == 0
@@ -428,17 +423,7 @@ def test_every_encoding_trains_with_jitter_and_resumes(pe, monkeypatch):
     assert run("--out", "plain", *flags) == 0
     flags += ["--jitter", "1"]
     assert run("--out", "whole", *flags) == 0
-    train_step, calls = train.train_step, []
-
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            signal.raise_signal(signal.SIGINT)
-        train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", interrupting)
-        assert run("--out", "cut", *flags) == 130
+    interrupted(monkeypatch, 5, "--out", "cut", *flags)
     assert run("--out", "cut", *flags, "--resume") == 0
     assert_same_end("whole", "cut")
     assert not torch.equal(weights("whole")["model"]["head.weight"], weights("plain")["model"]["head.weight"])
