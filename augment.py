@@ -30,12 +30,17 @@ def three_augment(images):
     return flip_and_color(crop(images / 255, start, size))
 
 
-def flip_and_color(images):
-    """What follows the crop: images (B, 3, S, S) float in [0, 1] -> the same shape, in [0, 1]."""
-    B, random = len(images), {"device": images.device}
-    images = mirror(images, torch.rand(B, **random) < 0.5)
-    images = one_of_three(images, torch.randint(3, (B,), **random), sigma=0.1 + 1.9 * torch.rand(B, **random))
-    return jitter(images, 0.7 + 0.6 * torch.rand(B, 3, **random), torch.rand(B, 3, **random).argsort(dim=1))
+def flip_and_color(images, rank=0, world_size=1):
+    """What follows the crop: images (B, 3, S, S) float in [0, 1] -> the same shape, in [0, 1].
+
+    If they are every world_size'th image of a batch, from rank on, they come out as they would in the whole batch.
+    """
+    B, random = len(images) * world_size, {"device": images.device}
+    flips, kinds, sigma = torch.rand(B, **random) < 0.5, torch.randint(3, (B,), **random), torch.rand(B, **random)
+    factors, order = torch.rand(B, 3, **random), torch.rand(B, 3, **random)
+    flips, kinds, sigma, factors, order = (x[rank::world_size] for x in (flips, kinds, sigma, factors, order))
+    images = one_of_three(mirror(images, flips), kinds, 0.1 + 1.9 * sigma)
+    return jitter(images, 0.7 + 0.6 * factors, order.argsort(dim=1))
 
 
 def draw_crops(B, S, device, tries=10):

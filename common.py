@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data import CIFAR100, Bearing, BearingCorner, replacing
+from distributed import LOCAL_WORLD_SIZE, WORLD_SIZE, defer, total
 from imagenet import ImageNet
 
 DATASETS = {"cifar100": CIFAR100, "imagenet": ImageNet, "bearing": Bearing, "bearing-corner": BearingCorner}
@@ -27,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):  # without the usage in front
+        defer()
         self.exit(2, f"error: {message}\n")
 
 
@@ -50,6 +52,7 @@ def number(kind, least=None, most=math.inf):
 
 
 def failed(why, code=2):
+    defer()
     print(f"error: {why}", file=sys.stderr)
     return code
 
@@ -89,14 +92,16 @@ def environment(device):
 
 
 def device_name(device):
+    name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(device)
+    return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} x {name}"
 
 
 def command(resume=False):
     """What was typed, so that it can be typed again."""
-    return shlex.join(["python", *sys.argv] + ["--resume"] * (resume and "--resume" not in sys.argv))
+    start = ["python"] if WORLD_SIZE == 1 else ["torchrun", f"--nproc_per_node={LOCAL_WORLD_SIZE}"]
+    return shlex.join(start + sys.argv + ["--resume"] * (resume and "--resume" not in sys.argv))
 
 
 def write_json(path, content):
@@ -121,11 +126,15 @@ def autocast(device, amp):
 
 @torch.no_grad()
 def accuracy(model, batches, amp=False, pos=lambda: None):
-    """The share (%) of the batches' images that the model gets right. pos() gives each batch's positions (T, 2)."""
+    """The share (%) of the batches' images that the model gets right, all processes' batches taken together.
+
+    pos() gives each batch's positions (T, 2).
+    """
     model.eval()
-    hits = n = 0
+    count = torch.zeros(2, dtype=torch.int64, device=next(model.parameters()).device)  # hits, images
     for images, labels in batches:
         with autocast(images.device, amp):
-            hits += (model(images, pos()).argmax(dim=1) == labels).sum()
-        n += len(labels)
-    return 100 * hits.item() / n
+            hits = (model(images, pos()).argmax(dim=1) == labels).sum()
+        count += torch.stack([hits, torch.full_like(hits, len(labels))])
+    hits, n = total(count).tolist()
+    return 100 * hits / n if n else math.nan

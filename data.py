@@ -10,7 +10,8 @@ A data set is a class with the constants num_classes, img_size (pixels a side) a
 Which images a training step sees depends on the seed and the step alone. How they are augmented is drawn from torch's
 global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
 augment is "3", for DeiT-III's random crop, flip, 3-Augment and jitter, or "mix", for these and Mixup or CutMix: targets
-are (B, num_classes) then, what each class is worth.
+are (B, num_classes) then, what each class is worth. Of world_size processes, each gets every world_size'th image of a
+batch, and of the test set, from its rank on.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from augment import mix, three_augment
+from stopwatch import timed
 
 AUGMENT = "none", "3", "mix"
 
@@ -53,15 +55,26 @@ def replacing(path):
 class Dataset:
     """What all data sets share: a test set of bytes on the device, and the normalisation by the training images."""
 
-    damaged = 0  # files that could not be read
+    damaged = frozenset()  # files that could not be read
 
-    def __init__(self, batch_size, device):
-        self.batch_size, self.device = batch_size, device
+    def __init__(self, batch_size, device, rank, world_size):
+        if batch_size % world_size:
+            raise DataError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
+        self.batch_size, self.device, self.rank, self.world_size = batch_size, device, rank, world_size
         self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
 
     def load(self):
         """Fetch and read what training needs. Raises DataError."""
         return self
+
+    @property
+    def share(self):
+        """How many images of a batch fall to this process."""
+        return self.batch_size // self.world_size
+
+    def own(self, *parts):
+        """What falls to this process, of tensors that hold a whole batch, or the whole test set."""
+        return tuple(part[self.rank :: self.world_size] for part in parts)
 
     def normalise(self, images):
         return (images - self.shift) / self.scale
@@ -77,8 +90,9 @@ class Dataset:
         return torch.cat([images.round().clamp(0, 255).byte() for images in resized]), self.test_labels
 
     def test_batches(self, batch_size=500, **which):
-        """The batches of test_set(**which)."""
-        for images, labels in zip(*(part.split(batch_size) for part in self.test_set(**which)), strict=True):
+        """The batches of this process's part of test_set(**which)."""
+        own = self.own(*self.test_set(**which))
+        for images, labels in zip(*(part.split(batch_size) for part in own), strict=True):
             yield self.normalise(images), labels
 
 
@@ -98,17 +112,28 @@ class Bearing(Dataset):
     cell = 4  # its side in pixels
     region = "everywhere"  # where both squares are
 
-    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu"):
+    def __init__(
+        self,
+        root=None,
+        *,
+        batch_size,
+        seed=0,
+        fraction=1.0,
+        augment="none",
+        device="cpu",
+        rank=0,
+        world_size=1,
+    ):
         if fraction != 1:
             raise DataError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
         if augment != "none":
             raise DataError(
                 "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
             )
-        super().__init__(batch_size, device)
+        super().__init__(batch_size, device, rank, world_size)
 
     def train_batch(self, step):
-        images, labels = self.draw(self.batch_size, self.device)
+        images, labels = self.own(*self.draw(self.batch_size, self.device))
         return self.normalise(images), labels
 
     def test_set(self, img_size=None, region=None):
@@ -152,8 +177,19 @@ class CIFAR100(Dataset):
     num_classes, img_size, train_size, test_size = 100, 32, 50_000, 10_000
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
-    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu"):
-        super().__init__(batch_size, device)
+    def __init__(
+        self,
+        root,
+        *,
+        batch_size,
+        seed=0,
+        fraction=1.0,
+        augment="none",
+        device="cpu",
+        rank=0,
+        world_size=1,
+    ):
+        super().__init__(batch_size, device, rank, world_size)
         self.root, self.seed, self.fraction, self.augment = Path(root), seed, fraction, augment
 
     def load(self):
@@ -169,12 +205,14 @@ class CIFAR100(Dataset):
         i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
         if self.images.is_cuda:  # a copy from pinned memory is one that the host need not wait for
             i = i.pin_memory().to(self.device, non_blocking=True)
-        images, targets = self.images[i], self.labels[i]
-        if self.augment != "none":
-            images = 255 * three_augment(images)
-        if self.augment == "mix":
-            images, targets = mix(images, targets, self.num_classes)
-        return self.normalise(images), targets
+        with timed("augmentation"):
+            images, targets = self.images[i], self.labels[i]
+            if self.augment != "none":
+                images = 255 * three_augment(images)
+            if self.augment == "mix":
+                images, targets = mix(images, targets, self.num_classes)
+            images, targets = self.own(images, targets)
+            return self.normalise(images), targets
 
 
 def batch_indices(step, batch_size, n, seed):

@@ -18,6 +18,7 @@ workers there are, nor on how many processes (world_size) train on a part of eac
 import itertools
 import math
 import os
+import signal
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from augment import flip_and_color, mix
 from data import DataError, Dataset, batch_indices
+from stopwatch import timed
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no other, whatever a file is called: for some, Pillow starts programs
@@ -51,7 +53,7 @@ class ImageNet(Dataset):
     """fraction < 1 trains on a part of the images, the same for every seed; limit_classes keeps the first ones by name.
 
     An image that cannot be read is a DataError, or if skip_damaged, replaced by another one in training and left out of
-    the test; damaged says how many such files this process (rank) has met.
+    the test; damaged holds the paths of such files that this process (rank) has met.
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,8 +74,7 @@ class ImageNet(Dataset):
         rank=0,
         world_size=1,
     ):
-        if batch_size % world_size:
-            raise DataError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
+        super().__init__(batch_size, torch.device(device), rank, world_size)
         train, val = Path(root, "train"), Path(root, "val")
         classes = find_classes(train, val, limit_classes)
         files, labels = find_images(train, classes)
@@ -81,28 +82,27 @@ class ImageNet(Dataset):
         self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
         self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_damaged)
         self.test = Reader(val, *find_images(val, classes), img_size, False, skip_damaged)
-        super().__init__(batch_size, torch.device(device))
-        self.seed, self.augment, self.workers, self.rank, self.world_size = seed, augment, workers, rank, world_size
-        self.batches, self.next_step, self.damaged_files = None, None, set()
-
-    @property
-    def damaged(self):
-        return len(self.damaged_files)
+        self.seed, self.augment, self.workers = seed, augment, workers
+        self.batches, self.next_step, self.damaged = None, None, set()
 
     def train_batch(self, step):
         """-> images (B / world_size, 3, S, S), labels (B / world_size,) or soft targets (B / world_size, num_classes).
 
         The workers read ahead, so the next step's images are there soon, while any other step is a new start.
         """
-        if step != self.next_step:
-            self.batches = iter(self.loader(self.train, self.train_jobs(step)))
-        images, targets = self.receive(next(self.batches))
-        self.next_step = step + 1
-        if self.augment != "none":
-            images = 255 * flip_and_color(images / 255)
-        if self.augment == "mix":
-            images, targets = mix(images, targets, self.num_classes)
-        return self.normalise(images), targets
+        with timed("waiting for images"):
+            if step != self.next_step:
+                self.batches = iter(self.loader(self.train, self.train_jobs(step)))
+            batch = next(self.batches)
+            self.next_step = step + 1
+        with timed("transfer"):
+            images, targets = self.receive(batch)
+        with timed("augmentation"):
+            if self.augment != "none":
+                images = 255 * flip_and_color(images / 255, self.rank, self.world_size)
+            if self.augment == "mix":  # partners are of the same process
+                images, targets = mix(images, targets, self.num_classes)
+            return self.normalise(images), targets
 
     def test_batches(self, batch_size=500, img_size=None):
         """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
@@ -134,6 +134,7 @@ class ImageNet(Dataset):
             sampler=jobs,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",  # a copy from there is one that the host need not wait for
+            worker_init_fn=leave_interrupts_alone,
             generator=torch.Generator(),  # or it draws from the global one at its start, and a resumed step differs
         )
 
@@ -142,9 +143,14 @@ class ImageNet(Dataset):
         if isinstance(batch, str):
             raise DataError(batch)
         images, labels, damaged = batch
-        self.damaged_files.update(damaged)
+        self.damaged.update(damaged)
         images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
         return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def leave_interrupts_alone(worker):
+    """Ctrl-C reaches all processes. The main one decides when to stop, and may want more images until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_classes(train, val, limit):

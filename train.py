@@ -3,189 +3,94 @@
     python train.py --pe spherical --dataset bearing    # a minute or two on a laptop's CPU, nothing to download
     python train.py --pe spherical                      # CIFAR-100, which wants a GPU
     python train.py --pe spherical --dataset imagenet --data-dir DIR    # ImageNet: DIR/train/<class>/, DIR/val/<class>/
+    torchrun --nproc_per_node=8 train.py ...            # the same on eight GPUs, which share each batch
 
 A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row an epoch), curves.png, last.pt and, at its end,
-result.json. Ctrl-C stops a run; the same command with --resume goes on with it, also after a crash, and on a CPU to the
-very same weights: all that is random in a step is drawn from generators that the seed and the step's number determine.
+result.json. Ctrl-C stops a run after the step that it is in; the same command with --resume goes on with it, also after
+a crash, with any number of GPUs, and on a CPU to the very same weights: all that is random in a step is drawn from
+generators that the seed and the step's number determine.
 """
 
-import argparse
 import csv
 import json
 import math
-import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
+from datetime import datetime, timedelta
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import recipes
 from common import (
     DATASETS,
-    Parser,
     accuracy,
-    add_device_flags,
     autocast,
     command,
     device_name,
     environment,
     failed,
-    number,
     reading,
     usable_device,
     write_json,
 )
-from data import AUGMENT, DataError, replacing
+from data import DataError, replacing
+from distributed import RANK, WORLD_SIZE, Stop, Stopped, join, leave, total, union, wait
 from lamb import LAMB
-from vit import ENCODINGS, ViT
+from stopwatch import now, timed
+from vit import ViT
 
-RECIPES = {
-    "cifar100": {  # van de Geijn et al. 2025, tables 5 and 6, after DeiT III (Touvron et al. 2022)
-        "epochs": 400,
-        "batch_size": 1024,
-        "opt": "lamb",
-        "warmup_epochs": 5,
-        "augment": "mix",
-        "patch_size": 4,
-        "depth": 12,
-        "heads": 6,
-        "head_dim": 60,
-        "dropout": 0.1,
-        "drop_path": 0.1,
-        "layer_scale": 1e-4,
-    },
-    "imagenet": {
-        "epochs": 200,
-        "batch_size": 512,
-        "opt": "lamb",
-        "warmup_epochs": 5,
-        "augment": "3",
-        "patch_size": 16,
-        "depth": 12,
-        "heads": 6,
-        "head_dim": 64,
-        "dropout": 0.0,
-        "drop_path": 0.0,
-        "layer_scale": 1e-4,
-    },
-    "bearing": {
-        "epochs": 10,
-        "batch_size": 64,
-        "opt": "adamw",
-        "lr": 2e-3,
-        "warmup_epochs": 1,
-        "augment": "none",
-        "patch_size": 4,
-        "depth": 2,
-        "heads": 4,
-        "head_dim": 24,
-        "dropout": 0.0,
-        "drop_path": 0.0,
-        "layer_scale": 0.0,
-    },
-}
-RECIPES["bearing-corner"] = RECIPES["bearing"]
 OPTIMIZERS = {"lamb": LAMB, "adamw": partial(torch.optim.AdamW, fused=True)}
-LEARNING_RATES = {"lamb": 4e-3, "adamw": 1e-3}  # where a recipe has none
-IMAGENET = {"img_size": 224, "eval_size": None, "workers": 8, "limit_classes": None, "skip_damaged": False}  # its flags
-FREE_TO_CHANGE = {"data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged"}  # to resume
+FREE_TO_CHANGE = {  # when a run is resumed
+    "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged", "micro_batch", "profile",
+}  # fmt: skip
 CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
+FIRST_STEPS = 5  # which compile, and fill caches: not counted where speed is
+SPEED_SECONDS = 20  # after which the speed can be told
+
+parse_args = partial(recipes.parse_args, description=__doc__)
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
     try:
+        args.device = join(args.device)
         model, data, optimizer, state = set_up(args)
     except (DataError, OSError, ValueError) as e:  # what a user can mend
         return failed(e)
     except KeyboardInterrupt:
         print("Stopped before the training began.", file=sys.stderr)
         return 130
+    code = 0
     try:
-        if not train(args, model, data, optimizer, state):
+        (profile if args.profile else train)(args, model, data, optimizer, state)
+    except Stopped:
+        code = 130
+        if RANK == 0:
             print(f"Stopped after step {state['step']}. To go on: {command(resume=True)}", file=sys.stderr)
-            return 130
+    except DataError as e:  # an image that cannot be read
+        if args.profile:
+            return failed(e)
+        code = failed(f"{e}; then go on with --resume")
+    except KeyboardInterrupt:
+        print("Stopped at once, with nothing saved since the last checkpoint.", file=sys.stderr)
+        return 130
     except Diverged as e:
         return failed(e, 1)
-    except DataError as e:  # an image that cannot be read
-        return failed(f"{e}; then go on with --resume")
     except torch.OutOfMemoryError:
-        return failed(f"the GPU's memory is full: try a --batch-size below {args.batch_size}")
+        return failed(f"the GPU's memory is full: try --micro-batch {max(1, (args.micro_batch or data.share) // 2)}")
     except OSError as e:
         return failed(f"cannot write to {args.out} ({e.strerror}): make room, and go on with --resume")
-    return 0
-
-
-def parse_args(argv):
-    """The command line, completed by the data set's recipe."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-
-    def add_from_recipe(flag, kind, what, **options):
-        key = flag.strip("-").replace("-", "_")
-        defaults = ", ".join(f"{name} {RECIPES[name][key]}" for name in ("cifar100", "imagenet", "bearing"))
-        add(flag, type=kind, help=f"{what} ({defaults})", **options)
-
-    add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
-    add("--dataset", choices=RECIPES, default="cifar100", help="what to learn (%(default)s)")
-    add(
-        "--fraction",
-        type=number(float, most=1),
-        default=1.0,
-        help="train on this part of the images, for as many steps",
-    )
-    add_from_recipe("--epochs", number(int, least=1), "passes over the training images")
-    add_from_recipe("--batch-size", number(int, least=1), "images a step")
-    add_from_recipe("--augment", str, "3: crop, flip, 3-Augment, color jitter; mix: and Mixup, CutMix", choices=AUGMENT)
-    add_from_recipe("--opt", str, "optimizer", choices=OPTIMIZERS)
-    rates = ", ".join(f"{name} {lr}" for name, lr in LEARNING_RATES.items())
-    add("--lr", type=number(float), help=f"highest learning rate ({rates}; bearing {RECIPES['bearing']['lr']})")
-    add("--weight-decay", type=number(float, least=0), default=0.05, help="of linear maps (%(default)s)")
-    add_from_recipe("--warmup-epochs", number(float, least=0), "epochs of linear warm-up, at most a fifth of all")
-    add_from_recipe("--depth", number(int, least=1), "blocks")
-    add_from_recipe("--heads", number(int, least=1), "attention heads")
-    add_from_recipe("--head-dim", number(int, least=1), "channels a head")
-    rate = number(float, least=0, most=0.9)
-    add_from_recipe("--dropout", rate, "chance to drop a channel, after embedding, attention and MLP")
-    add_from_recipe("--drop-path", rate, "stochastic depth: chance to skip the last block")
-    add_from_recipe("--layer-scale", number(float, least=0), "LayerScale's initial value, 0 for none")
-    add_from_recipe("--patch-size", number(int, least=1), "side of a patch in pixels")
-    add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
-    add("--jitter", type=number(float, least=0), default=0.0, help="noise on positions in training, in patches (0)")
-    add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
-    add("--img-size", type=number(int, least=1), help="imagenet: side of the training images in pixels (224)")
-    add("--eval-size", type=number(int, least=1), help="imagenet: side of the test images in pixels (as in training)")
-    add("--limit-classes", type=number(int, least=1), help="imagenet: the first so many classes only (all)")
-    add("--workers", type=number(int, least=0), help="imagenet: processes that decode images (8)")
-    add("--skip-damaged", action="store_const", const=True, help="imagenet: leave out files that cannot be read")
-    add("--seed", type=number(int, least=0), default=0, help="decides all that is random (%(default)s)")
-    add("--out", type=Path, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
-    add_device_flags(parser)
-
-    args = parser.parse_args(argv)
-    for name, value in IMAGENET.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value if args.dataset == "imagenet" else None)
-        elif args.dataset != "imagenet":
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} is for --dataset imagenet: leave it out")
-    on_cuda = args.device.startswith("cuda")
-    out = Path("runs") / f"{args.dataset}-{args.pe}-s{args.seed}"
-    for name, value in ({"out": out, "compile": on_cuda, "amp": on_cuda} | RECIPES[args.dataset]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.lr = args.lr or LEARNING_RATES[args.opt]
-    return args
+    leave()
+    return code
 
 
 def set_up(args):
@@ -199,8 +104,11 @@ def set_up(args):
         raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
     data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
     if args.dataset == "imagenet":
-        data_options |= {name: getattr(args, name) for name in IMAGENET if name != "eval_size"}
-    data = DATASETS[args.dataset](args.data_dir, device=device, **data_options)
+        data_options |= {name: getattr(args, name) for name in recipes.IMAGENET if name != "eval_size"}
+    data = DATASETS[args.dataset](args.data_dir, device=device, rank=RANK, world_size=WORLD_SIZE, **data_options)
+    if args.micro_batch and data.share % args.micro_batch:
+        below = next(n for n in range(min(args.micro_batch, data.share), 0, -1) if data.share % n == 0)
+        raise ValueError(f"--micro-batch must divide the {data.share} images of a process: try {below}")
     options = {
         "pe": args.pe,
         "img_size": data.img_size,
@@ -230,9 +138,23 @@ def set_up(args):
         load(args, model, optimizer, state)
     elif (args.out / "last.pt").exists():
         raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
-    if device.type == "cpu" and args.dataset in ("cifar100", "imagenet"):
-        estimate(args, model, data, args.epochs - len(state["log"]))
-    data.load()
+    if RANK == 0:  # it downloads, and writes, and the others wait for it
+        if device.type == "cpu" and args.dataset in ("cifar100", "imagenet") and not args.profile:
+            estimate(args, model, data, args.epochs - len(state["log"]))
+        data.load()
+        if not args.profile:
+            prepare_folder(args, state)
+    wait()
+    if RANK:
+        data.load()
+    if args.compile:
+        model.compile()
+    if WORLD_SIZE > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model, data, optimizer, state
+
+
+def prepare_folder(args, state):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
@@ -241,9 +163,11 @@ def set_up(args):
                 (args.out / name).unlink(missing_ok=True)
     except OSError as e:
         raise ValueError(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out") from e
-    if args.compile:
-        model.compile()
-    return model, data, optimizer, state
+
+
+def bare(model):
+    """The ViT itself, where it is wrapped for several processes."""
+    return getattr(model, "module", model)
 
 
 def reseed(*key):
@@ -268,7 +192,7 @@ def estimate(args, model, data, epochs):
         start = time.perf_counter()
         with autocast(args.device, args.amp):
             model(images).sum().backward()
-        seconds = (time.perf_counter() - start) / len(images) * data.train_size * epochs
+        seconds = (time.perf_counter() - start) / len(images) * data.train_size * epochs / WORLD_SIZE
     model.zero_grad()
     size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds > s or s == 60)
     print(f"On this CPU {epochs} epochs will take about {seconds / size:.1f} {unit}.", end=" ")
@@ -276,25 +200,22 @@ def estimate(args, model, data, epochs):
 
 
 def train(args, model, data, optimizer, state):
-    """Train from `state` to the end, and write the result. False if Ctrl-C came first; all is saved then.
-
-    Wherever Ctrl-C comes, model, optimizer and state belong together: they change in one piece after each step.
-    """
-    steps_per_epoch = max(1, data.train_size // args.batch_size)
+    """Train from `state` to the end, and write the result. Raises Stopped or DataError where a stop came first."""
     parameters = sum(p.numel() for p in model.parameters())
     made_on = device_name(args.device)
     print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {made_on}, to {args.out}/")
-    images = args.epochs * steps_per_epoch * args.batch_size
-    with tqdm(total=images, initial=state["step"] * args.batch_size, unit="img", unit_scale=True, disable=None) as bar:
+    images = args.epochs * steps_per_epoch(args, data) * args.batch_size
+    done = state["step"] * args.batch_size
+    with tqdm(total=images, initial=done, unit="img", unit_scale=True, disable=RANK > 0 or None) as bar, Stop() as stop:
         try:
-            run(args, model, data, optimizer, state, steps_per_epoch, bar)
-        except (KeyboardInterrupt, DataError) as e:
-            with suppress(KeyboardInterrupt):  # another Ctrl-C does not hinder the saving
-                save(args, model, optimizer, state)
-            if isinstance(e, DataError):
-                raise
-            return False
+            run(args, model, data, optimizer, state, bar, stop)
+        except (Stopped, DataError):
+            save(args, model, optimizer, state)
+            raise
 
+    damaged = len(union(data.damaged))
+    if RANK:
+        return
     result_path = args.out / "result.json"
     if not result_path.exists():  # else this resumed a finished run
         result = {
@@ -314,18 +235,21 @@ def train(args, model, data, optimizer, state):
             **json.loads(result_path.read_text())
         )
     )
-    if data.damaged:
-        print(f"{data.damaged} damaged images were left out")
-    return True
+    if damaged:
+        print(f"{damaged} damaged images were left out")
 
 
-def run(args, model, data, optimizer, state, steps_per_epoch, bar):
+def run(args, model, data, optimizer, state, bar, stop):
     """Step after step, epoch after epoch."""
-    saved = shown = time.perf_counter()
+    steps = steps_per_epoch(args, data)
+    batches = stop.before(train_batches(args, data, state))
+    speed, saved, shown = Speed(args, state, steps), time.perf_counter(), time.perf_counter()
     while (epoch := len(state["log"])) < args.epochs:
         start = time.perf_counter()
-        if state["step"] < (epoch + 1) * steps_per_epoch:
-            train_step(args, model, data, optimizer, state, steps_per_epoch)
+        if state["step"] < (epoch + 1) * steps:
+            batch = next(batches, None)
+            stop.heed()
+            train_step(args, model, batch, optimizer, state, steps)
             bar.update(args.batch_size)
             if start - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
                 shown = start
@@ -333,8 +257,9 @@ def run(args, model, data, optimizer, state, steps_per_epoch, bar):
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
             state["seconds"] += time.perf_counter() - start
+            speed.tell()
         else:
-            row = finish_epoch(args, model, data, optimizer, state)
+            row = finish_epoch(args, model, data, optimizer, state, stop)
             tqdm.write(
                 f"epoch {row['epoch']:3}   loss {row['train_loss']:.3f}   training {row['train_accuracy']:.2f} %   "
                 f"test {row['test_accuracy']:.2f} %   {row['seconds']:.0f} s"
@@ -344,24 +269,62 @@ def run(args, model, data, optimizer, state, steps_per_epoch, bar):
             saved = time.perf_counter()
 
 
-def train_step(args, model, data, optimizer, state, steps_per_epoch):
+class Speed:
+    """Says once, after the first steps, how fast the run is and when it will end."""
+
+    def __init__(self, args, state, steps):
+        self.args, self.state, self.last = args, state, args.epochs * steps
+        self.first, self.start = state["step"] + FIRST_STEPS, None
+
+    def tell(self):
+        step, seconds = self.state["step"], self.state["seconds"]
+        if step == self.first:
+            self.start = seconds
+        elif self.start is not None and seconds - self.start > SPEED_SECONDS:
+            rate = (step - self.first) / (seconds - self.start)  # steps a second
+            left = timedelta(seconds=round((self.last - step) / rate))
+            end = f"{datetime.now() + left:%a %d %b %H:%M}"
+            tqdm.write(f"{rate * self.args.batch_size:.0f} images/s: about {left} to go, until {end}")
+            self.start, self.first = None, 0
+
+
+def steps_per_epoch(args, data):
+    return max(1, data.train_size // args.batch_size)
+
+
+def train_batches(args, data, state):
+    """This process's part of the batch of each step from `state` on. All that is random in it is the same for all."""
+    while True:
+        reseed(args.seed, 1 + state["step"])
+        yield data.train_batch(state["step"])
+
+
+def train_step(args, model, batch, optimizer, state, steps):
+    """Forward and backward, a micro-batch after the other, then one step of the optimizer."""
     model.train()
-    reseed(args.seed, 1 + state["step"])
-    images, targets = data.train_batch(state["step"])
-    with autocast(args.device, args.amp):
-        logits = model(images, jittered(model, args.jitter) if args.jitter else None)
-        loss = F.cross_entropy(logits, targets)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
-    hits = (logits.argmax(dim=1) == labels).float().mean()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, state["step"], steps_per_epoch)
-    with uninterrupted():
+    pos = jittered(bare(model), args.jitter) if args.jitter else None
+    reseed(args.seed, 1 + state["step"], RANK)  # dropout is drawn for each process's images anew
+    parts = list(zip(*(part.split(args.micro_batch or len(part)) for part in batch), strict=True))
+    sums = []
+    for i, (images, targets) in enumerate(parts, start=1):
+        summing = i == len(parts) or WORLD_SIZE == 1
+        with nullcontext() if summing else model.no_sync():  # gradients are averaged over the processes once a step
+            with timed("forward"), autocast(args.device, args.amp):
+                logits = model(images, pos)
+                loss = F.cross_entropy(logits, targets) / len(parts)
+            with timed("backward"):
+                loss.backward()
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
+        sums.append(torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).float().mean() / len(parts)]))
+    with timed("optimizer"):
+        loss, hits = total(torch.stack(sums).sum(dim=0)) / WORLD_SIZE
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, state["step"], steps)
         optimizer.step()
         optimizer.zero_grad()
-        state["totals"] += torch.stack([torch.ones_like(norm), loss.detach(), hits, norm])
-        state["step"] += 1
+    state["totals"] += torch.stack([torch.ones_like(norm), loss, hits, norm])
+    state["step"] += 1
 
 
 def jittered(model, sigma):
@@ -375,31 +338,33 @@ def jittered(model, sigma):
     return pos + noise
 
 
-def learning_rate(args, step, steps_per_epoch):
-    """Linear warm-up, then half a cosine down to 0."""
-    warmup = min(args.warmup_epochs, args.epochs / 5) * steps_per_epoch
+def learning_rate(args, step, steps):
+    """Linear warm-up, then half a cosine down to 0. steps are those of an epoch."""
+    warmup = min(args.warmup_epochs, args.epochs / 5) * steps
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
-    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
+    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps - warmup))) / 2
 
 
-def finish_epoch(args, model, data, optimizer, state):
+def finish_epoch(args, model, data, optimizer, state, stop):
     """Test, and put a row into the log."""
     start = time.perf_counter()
     loss, hits = epoch_means(args, state)  # waits for the GPU, which belongs to the training's time
     waited = time.perf_counter() - start
+    test_accuracy = accuracy(bare(model), stop.before(data.test_batches(img_size=args.eval_size)), args.amp)
+    stop.heed()
     row = {
         "epoch": len(state["log"]) + 1,
         "lr": optimizer.param_groups[0]["lr"],
         "train_loss": round(loss, 4),
         "train_accuracy": round(100 * hits, 2),
-        "test_accuracy": round(accuracy(model, data.test_batches(img_size=args.eval_size), args.amp), 2),
+        "test_accuracy": round(test_accuracy, 2),
         "seconds": round(state["seconds"] + waited, 2),
     }
-    with uninterrupted():
-        state["log"].append(row)
-        state["totals"].zero_()
-        state["seconds"] += waited
+    state["log"].append(row)
+    state["totals"].zero_()
+    state["seconds"] += waited
+    if RANK == 0:
         with replacing(args.out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
             writer = csv.DictWriter(f, row)
             writer.writeheader()
@@ -421,28 +386,16 @@ def epoch_means(args, state):
     return loss / max(steps, 1), hits / max(steps, 1)
 
 
-@contextmanager
-def uninterrupted():
-    """Ctrl-C waits until the block is done."""
-    interrupts = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if interrupts:
-        raise KeyboardInterrupt
-
-
 def save(args, model, optimizer, state):
     """Write last.pt and curves.png, unless the run has diverged."""
-    with uninterrupted():
-        epoch_means(args, state)
-        with replacing(args.out / "last.pt") as tmp:
-            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"config": config(args)} | weights | state, tmp)
-        if state["log"]:
-            plot(args, state["log"])
+    epoch_means(args, state)
+    if RANK:
+        return
+    with replacing(args.out / "last.pt") as tmp:
+        weights = {"model": bare(model).state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({"config": config(args)} | weights | state, tmp)
+    if state["log"]:
+        plot(args, state["log"])
 
 
 def load(args, model, optimizer, state):
@@ -485,6 +438,33 @@ def plot(args, log):
     figure.suptitle(f"{args.pe} on {args.dataset}, seed {args.seed}")
     with replacing(args.out / "curves.png") as tmp:
         figure.savefig(tmp, format="png", dpi=120)
+
+
+def profile(args, model, data, optimizer, state):
+    """Print how fast the training is and where a step's time goes. Nothing is written."""
+    N, steps = args.profile, steps_per_epoch(args, data)
+    batches = train_batches(args, data, state)
+
+    def seconds(n):
+        start = now()
+        for _ in range(n):
+            train_step(args, model, next(batches), optimizer, state, steps)
+        return now() - start
+
+    seconds(FIRST_STEPS)
+    rate = N * args.batch_size / seconds(N)
+    images = args.epochs * steps * args.batch_size
+    where = f"{args.pe} on {args.dataset}, {device_name(args.device)}"
+    print(f"{where}: {rate:.0f} images/s in {N} steps of {args.batch_size}")
+    left = timedelta(seconds=round(images / rate))
+    print(f"{args.epochs} epochs of {images // args.epochs} images would take {left}, tests not included")
+    timed.start()
+    whole = seconds(N)
+    parts = timed.seconds | {"the rest": whole - sum(timed.seconds.values())}
+    timed.stop()
+    print("Each part waiting for the one before, a step takes")
+    for name, taken in (parts | {"in all": whole}).items():
+        print(f"  {name:24} {1e3 * taken / N:8.1f} ms {taken / whole:7.1%}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import data
 import evaluate
 import train
 from data import Bearing
+from distributed import Stop
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"dataset": "bearing", "device": "cpu", "depth": 2, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 3}
@@ -218,11 +219,12 @@ def test_kill_9_loses_no_more_than_the_work_since_the_checkpoint():
     rows = weights("run")["log"]
     # What the same run comes to without a break, in this process
     whole = train.parse_args([*TINY, "--epochs=300", "--out=whole"])
-    parts = train.set_up(whole)
-    while len(parts[-1]["log"]) < len(rows):
+    model, data, optimizer, state = train.set_up(whole)
+    batches = train.train_batches(whole, data, state)
+    while len(state["log"]) < len(rows):
         for _ in range(4):
-            train.train_step(whole, *parts, steps_per_epoch=4)
-        row = train.finish_epoch(whole, *parts)
+            train.train_step(whole, model, next(batches), optimizer, state, 4)
+        row = train.finish_epoch(whole, model, data, optimizer, state, Stop())
         assert row | {"seconds": 0} == rows[row["epoch"] - 1] | {"seconds": 0}
     assert 4 * len(rows) > killed_at
 
@@ -319,7 +321,7 @@ def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch)
 def test_a_full_disk_and_a_full_gpu_are_told(capsys, monkeypatch):
     for error, says in (
         (OSError(28, "No space left"), "No space left"),
-        (torch.OutOfMemoryError(), "--batch-size below 16"),
+        (torch.OutOfMemoryError(), "--micro-batch 8"),
     ):
         monkeypatch.setattr(train, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert says in bad(capsys, "--out", "a")
