@@ -1,68 +1,223 @@
-"""What things cost: encodings in a ViT's training step, exponentials against torch's own, and the recipe's other parts.
+"""What an encoding costs: in time and in memory, in a ViT and alone, as tokens and channels grow.
 
-    python benchmark.py step                         # ViT-S, 32 x 32, patch 4, batch 32: ratios to --pe none
-    python benchmark.py step --img-size 224 --patch-size 16 --batch-size 256 --device cuda --compile --amp
-    python benchmark.py exponential                  # generators -> R -> q and k, against torch.matrix_exp
-    python benchmark.py recipe --batch-size 64       # a batch's augmentation against its step, LAMB against AdamW
+    python benchmark.py                              # the first six parts
+    python benchmark.py step inference --pe axial spherical --json costs.json
+    python benchmark.py step --pe spherical --img-size 1024 --patch-size 16 --batch-size 4 --head-dim 64 --device cuda
 
-What is compared takes turns, so that a machine's moods hit all alike; medians of the ratios, with their quartiles.
+    step           a training step of ViT-S: forward, loss, backward, fused AdamW
+    inference      a pass without gradients
+    alone          one layer's encoding of q and k (B, H, T, D): forward, and forward with backward
+    memory         the peak of a training step; what one layer's encoding needs at 4096 tokens
+    tokens         alone, forward and backward, at 64 to 4096 tokens an image, as many in all: fewer images
+    head-dim       the same at 32, 64 and 128 channels a head
+    exponential    LieRE and ComRoPE against the same with torch.matrix_exp for each token, forward and backward
+    recipe         a batch's augmentation against its training step, and LAMB against fused AdamW
+
+All are ratios: of a ViT to one without an encoding (none beside none shows how exact that is), of an encoding alone to
+scaled_dot_product_attention of the same q, k, v. What is compared takes turns, so that a machine's moods hit both
+alike; what is short is called many times a turn. A row has the median of the turns' ratios, its quartiles, and the
+median time of a call. On CUDA the default is what table 9 of van de Geijn et al. 2025 has, compiled and in bfloat16.
+
+Memory is the most that is held at a time, beyond what was held before: in a training step, activations and gradients.
+For an encoding alone, forward and backward, it is what it holds beyond a stand-in that copies q and k, in units of q
+and k together.
 """
 
 import argparse
+import gc
+import itertools
+import json
+import math
 import statistics
+import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import comrope
 import liere
 from augment import mix, three_augment
-from common import autocast
+from common import Parser, autocast, environment, failed, number, usable_device, write_json
 from comrope import ComRoPE
 from lamb import LAMB
 from liere import LieRE
 from vit import ENCODINGS, ViT
 
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "exponential", "recipe"])
-    parser.add_argument("--pe", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), help="encodings (all)")
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads")
-    if args.what == "exponential":
-        exponential(args.repeats)
-    elif args.what == "recipe":
-        recipe(args)
-    else:
-        step(args)
+DEFAULTS = {  # on a CPU, on CUDA
+    "img_size": (32, 224),
+    "patch_size": (4, 16),
+    "batch_size": (32, 256),
+    "head_dim": (60, 64),
+    "repeats": (5, 20),
+    "amp": (False, True),
+    "compile": (False, True),
+}
+SIDES = 8, 16, 32, 64  # of square grids of 64 to 4096 tokens
+HEAD_DIMS = 32, 64, 128
 
 
-def step(args):
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    args = parse_args(argv)
+    rows = []
+    try:
+        if usable_device(args.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {args.device} cannot be measured: take cpu or cuda")
+        about = environment(args.device) | {"settings": {k: v for k, v in vars(args).items() if k != "json"}}
+        print("{device}, torch {torch}".format(**about))
+        torch.manual_seed(0)
+        for part in args.parts:
+            for row in PARTS[part](args):
+                row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+                rows.append({"part": part} | row)
+                show(**row)
+                if args.json:
+                    write_json(args.json, about | {"rows": rows})
+    except (OSError, ValueError) as e:  # what a user can mend
+        return failed(e)
+    except torch.OutOfMemoryError:
+        return failed("the GPU's memory is full: try a smaller --batch-size")
+    except KeyboardInterrupt:
+        return 130
+    return 0 if rows else failed(f"--pe {' '.join(args.pe)} has no part in {' '.join(args.parts)}: name others")
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    add, count = parser.add_argument, number(int, least=1)
+    add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (the first six)")
+    add("--pe", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), help="encodings (all)")
+    add("--img-size", type=count, help="side of the images in pixels (32, on CUDA 224)")
+    add("--patch-size", type=count, help="side of a patch in pixels (4, on CUDA 16)")
+    add("--batch-size", type=count, help="images (32, on CUDA 256)")
+    add("--depth", type=count, default=12, help="layers (%(default)s)")
+    add("--heads", type=count, default=6, help="attention heads (%(default)s)")
+    add("--head-dim", type=count, help="channels a head (60, on CUDA 64)")
+    add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
+    add("--repeats", type=number(int, least=2), help="turns (5, on CUDA 20)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
+    add("--json", type=Path, metavar="FILE", help="write each row into FILE as soon as it is measured")
+    args = parser.parse_args(argv)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.device.startswith("cuda")])
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(unknown)}: take {', '.join(PARTS)}")
+    if args.img_size % args.patch_size:
+        parser.error(f"--img-size must be a multiple of --patch-size = {args.patch_size}, not {args.img_size}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {args.json.parent}: make it, or choose another --json")
+    args.parts = args.parts or list(PARTS)[:6]
+    return args
+
+
+def show(what, pe, base, ratio, low=None, high=None, milliseconds=None, megabytes=None, **sizes):
+    print(f"{what:38} {pe:18} {ratio:8.3f} of {base:17}", end="")
+    print(f"{megabytes:9.1f} MB" if low is None else f"({low:.3f} to {high:.3f}) {milliseconds:9.2f} ms", end="")
+    print("".join(f"   {name} {size}" for name, size in sizes.items()), flush=True)
+
+
+# The parts: each yields rows, that say what was measured, of which encoding, as a ratio to what.
+
+
+def beside_none(what, make, args):
     """Each encoding beside none, two at a time: that is what a user of it would compare."""
-    none = training_step("none", args)
+    none = make("none", args)
     for pe in args.pe:
-        if pe != "none":
-            report(pe, "none", training_step(pe, args), none, args)
+        yield {"what": what, "pe": pe, "base": "none"} | compare(make(pe, args), none, args)
+
+
+def alone(args):
+    for layer in layers(args):
+        forward, attention = torch.no_grad()(layer.encode), torch.no_grad()(layer.attend)
+        yield layer.row("encoding, forward", "attention") | compare(forward, attention, args)
+    yield from forward_and_backward(args)
+
+
+def forward_and_backward(args, sides=(None,), head_dims=(None,)):
+    for side, D in itertools.product(sides, head_dims):
+        for layer in layers(args, side, D):
+            encode, attend = layer.with_backward(layer.encode), layer.with_backward(layer.attend)
+            yield layer.row("encoding, forward and backward", "attention") | compare(encode, attend, args)
+
+
+def memory(args):
+    none = peak_memory(training_step("none", args), args)
+    for pe in args.pe:
+        peak = peak_memory(training_step(pe, args), args)
+        row = {"what": "training step, memory", "pe": pe, "base": "none"}
+        yield row | {"ratio": peak / none, "megabytes": peak / 1e6}
+    for layer in layers(args, SIDES[-1]):
+        copy, encode = (peak_memory(layer.with_backward(f), args) for f in (layer.copy, layer.encode))
+        added, unit = max(encode - copy, 0), layer.q.nbytes + layer.k.nbytes
+        yield layer.row("encoding, memory", "q and k") | {"ratio": added / unit, "megabytes": added / 1e6}
+
+
+def exponential(args):
+    for layer in layers(args):
+        if isinstance(layer.rope, LieRE | ComRoPE):
+            ours, theirs = layer.with_backward(layer.encode), layer.with_backward(partial(encode_by_matrix_exp, layer))
+            yield layer.row("exponential", "torch.matrix_exp") | compare(ours, theirs, args)
+
+
+def encode_by_matrix_exp(layer):
+    """The same with an exponential for each token, as it is written in the papers."""
+    rope, pos = layer.rope, layer.pos
+    if isinstance(rope, LieRE):
+        U = rope.generators.triu(1)
+        A, rotate = torch.einsum("tm,hmkij->htkij", pos, U - U.mT), liere.rotate
+    else:
+        P = rope.blocks
+        A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.theta, P - P.mT), comrope.rotate
+    R = torch.matrix_exp(A.contiguous())
+    return rotate(layer.q, R), rotate(layer.k, R)
+
+
+def recipe(args):
+    """What the CIFAR-100 recipe adds to a training step."""
+    images, labels = batch(args)
+    images = (255 * images.sigmoid()).byte()
+    row = {"what": "augmentation", "pe": "axial", "base": "training step"}
+    yield row | compare(lambda: mix(three_augment(images), labels, 100), training_step("axial", args), args)
+
+    def update(optimizer, **options):
+        parameters = list(make_vit("axial", args).parameters())
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        return optimizer(parameters, weight_decay=0.05, **options).step
+
+    row = {"what": "LAMB", "pe": "axial", "base": "fused AdamW"}
+    yield row | compare(update(LAMB), update(torch.optim.AdamW, fused=True), args)
+
+
+# What is measured.
+
+
+def make_vit(pe, args, **shape):
+    flags = {name: getattr(args, name) for name in ("img_size", "patch_size", "depth", "head_dim")}
+    if args.block_size and pe.startswith(("liere", "comrope")):
+        flags["block_size"] = args.block_size
+    return ViT(pe, num_heads=args.heads, **flags | shape).to(args.device)
+
+
+def batch(args):
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    return images, torch.randint(100, (args.batch_size,), device=args.device)
 
 
 def training_step(pe, args):
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
-    labels = torch.randint(100, (args.batch_size,), device=args.device)
-    model = ViT(pe, img_size=args.img_size, patch_size=args.patch_size, head_dim=args.head_dim).to(args.device)
+    """The function that makes a training step."""
+    model, (images, labels) = make_vit(pe, args), batch(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
 
     def run():
         with autocast(args.device, args.amp):
@@ -74,73 +229,124 @@ def training_step(pe, args):
     return run
 
 
-def recipe(args):
-    """What the CIFAR-100 recipe adds to a training step of ViT-S."""
-    images = torch.randint(256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=args.device)
-    labels = torch.randint(100, (args.batch_size,), device=args.device)
-    report("augmentation", "step", lambda: mix(three_augment(images), labels, 100), training_step("axial", args), args)
+def inference_pass(pe, args):
+    """The function that makes an inference pass."""
+    model, (images, _) = make_vit(pe, args).eval(), batch(args)
+    if args.compile:
+        model.compile(dynamic=False)
 
-    def update(optimizer, **options):
-        parameters = [p.detach().clone().requires_grad_() for p in ViT("axial").to(args.device).parameters()]
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        return optimizer(parameters, weight_decay=0.05, **options).step
+    @torch.no_grad()
+    def run():
+        with autocast(args.device, args.amp):
+            model(images)
 
-    report("LAMB", "fused AdamW", update(LAMB), update(torch.optim.AdamW, fused=True), args)
-
-
-def exponential(repeats, B=8, H=6, T=196, D=64):
-    """Forward and backward through generators -> R -> rotated q and k, with q, k (B, H, T, D) on a 14 x 14 grid."""
-    q, k, *grads = torch.randn(4, B, H, T, D)
-    pos = ViT("none", img_size=14, patch_size=1, depth=1, pool="mean").positions(14, 14)
-
-    def torchs(rope):
-        """The same with an exponential for each token, as it is written in the papers."""
-        if isinstance(rope, LieRE):
-            U = rope.generators.triu(1)
-            A, rotate = torch.einsum("tm,hmkij->htkij", pos, U - U.mT), liere.rotate
-        else:
-            P = rope.blocks
-            A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.theta, P - P.mT), comrope.rotate
-        R = torch.matrix_exp(A.contiguous())
-        return rotate(q, R), rotate(k, R)
-
-    def passes(forward, rope):
-        return lambda: torch.autograd.grad(forward(), list(rope.parameters()), grads)
-
-    for name, rope in {
-        "liere": LieRE(D, H),
-        "liere, blocks of 8": LieRE(D, H, block_size=8),
-        "comrope-ap": ComRoPE(D, H, kind="ap"),
-        "comrope-ld": ComRoPE(D, H, kind="ld"),
-    }.items():
-        ours, theirs = passes(lambda rope=rope: rope(q, k, pos), rope), passes(lambda rope=rope: torchs(rope), rope)
-        report("torch.matrix_exp", name, theirs, ours, argparse.Namespace(repeats=repeats, device="cpu"))
+    return run
 
 
-def report(name, base_name, run, base, args):
-    """Time run and base in turns, and print what the one takes of the other."""
-    for f in (run, base) * 2:  # warm up, and compile
-        f()
-    times = []
-    for _ in range(args.repeats):
-        times.append([seconds(f, args.device) for f in (run, base)])
-    ratios = [a / b for a, b in times]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    a, b = (1e3 * statistics.median(t) for t in zip(*times, strict=True))
-    print(
-        f"{name:18} {a:8.1f} ms   {base_name:18} {b:8.1f} ms   ratio {median:.3f} ({low:.3f} to {high:.3f})", flush=True
-    )
+def layers(args, side=None, head_dim=None):
+    """A layer of each encoding that turns q and k, for the batch's images or as many tokens in grids of side x side."""
+    grid = args.img_size // args.patch_size
+    B = max(SIDES[-1] ** 2, args.batch_size * grid**2) // side**2 if side else args.batch_size
+    for pe in args.pe:
+        if ENCODINGS[pe]:
+            yield Layer(pe, args, side or grid, B, head_dim or args.head_dim)
 
 
-def seconds(f, device):
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronize()
+class Layer:
+    """An encoding with what it is told: positions of a square grid, and q and k as a ViT's attention lays them out."""
+
+    def __init__(self, pe, args, side, batch_size, head_dim):
+        model = make_vit(pe, args, img_size=side, patch_size=1, depth=1, head_dim=head_dim, pool="mean")
+        self.pe, self.rope, self.pos = pe, model.blocks[0].attn.rope, model.positions(side, side)
+        if args.compile:
+            self.rope.compile(dynamic=False)
+        self.autocast = partial(autocast, args.device, args.amp)
+        dtype = torch.bfloat16 if args.amp else torch.float32
+        qkv = torch.randn(batch_size, side**2, 3, args.heads, head_dim, dtype=dtype, device=args.device)
+        self.q, self.k, self.v = (z.requires_grad_() for z in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
+
+    def row(self, what, base):
+        B, _, T, D = self.q.shape
+        return {"what": what, "pe": self.pe, "base": base, "tokens": T, "head_dim": D, "batch_size": B}
+
+    def encode(self):
+        with self.autocast():
+            return self.rope(self.q, self.k, self.pos)
+
+    def attend(self):
+        return (F.scaled_dot_product_attention(self.q, self.k, self.v),)
+
+    def copy(self):
+        return self.q * 1, self.k * 1
+
+    def with_backward(self, f):
+        inputs = [self.q, self.k, self.v, *self.rope.parameters()]
+
+        def run():
+            out = f()
+            torch.autograd.grad(out, inputs, [z.detach() for z in out], allow_unused=True)
+
+        return run
+
+
+# How it is measured.
+
+
+def compare(run, base, args):
+    """Time run and base in turns -> the ratio of the one to the other, its quartiles, and run's milliseconds."""
+    if args.compile:
+        torch.compiler.reset()  # or all the versions of one function would be too many
+    run(), base()  # warm up, and compile
+    calls = [math.ceil(0.02 / seconds(f, 1, args.device)) for f in (run, base)]
+    turns = [[seconds(f, n, args.device) for f, n in zip((run, base), calls, strict=True)] for _ in range(args.repeats)]
+    low, ratio, high = statistics.quantiles((a / b for a, b in turns), n=4, method="inclusive")
+    milliseconds = 1e3 * statistics.median(a for a, _ in turns)
+    return {"ratio": ratio, "low": low, "high": high, "milliseconds": milliseconds}
+
+
+def seconds(f, calls, device):
+    """The time of a call, when there are many one after another."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize(device)
     start = time.perf_counter()
-    f()
-    synchronize()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        f()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def peak_memory(f, args):
+    """The most bytes that f holds at a time, beyond those that were held before."""
+    if args.compile:
+        torch.compiler.reset()
+    f()  # what it keeps for the next time is held before
+    gc.collect()  # nothing else is to be released in the meantime
+    if args.device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(args.device)
+        torch.cuda.reset_peak_memory_stats(args.device)
+        f()
+        return torch.cuda.max_memory_allocated(args.device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        f()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]  # of a release: below 0
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+PARTS = {
+    "step": partial(beside_none, "training step", training_step),
+    "inference": partial(beside_none, "inference", inference_pass),
+    "alone": alone,
+    "memory": memory,
+    "tokens": partial(forward_and_backward, sides=SIDES),
+    "head-dim": partial(forward_and_backward, head_dims=HEAD_DIMS),
+    "exponential": exponential,
+    "recipe": recipe,
+}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
