@@ -57,10 +57,11 @@ class Dataset:
 
     damaged = frozenset()  # files that could not be read
 
-    def __init__(self, batch_size, device, rank, world_size):
+    def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
             raise DataError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
-        self.batch_size, self.device, self.rank, self.world_size = batch_size, device, rank, world_size
+        self.batch_size, self.device = batch_size, torch.device(device)
+        self.rank, self.world_size = rank, world_size
         self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
 
     def load(self):
@@ -112,25 +113,14 @@ class Bearing(Dataset):
     cell = 4  # its side in pixels
     region = "everywhere"  # where both squares are
 
-    def __init__(
-        self,
-        root=None,
-        *,
-        batch_size,
-        seed=0,
-        fraction=1.0,
-        augment="none",
-        device="cpu",
-        rank=0,
-        world_size=1,
-    ):
+    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
         if fraction != 1:
             raise DataError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
         if augment != "none":
             raise DataError(
                 "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
             )
-        super().__init__(batch_size, device, rank, world_size)
+        super().__init__(batch_size, **place)
 
     def train_batch(self, step):
         images, labels = self.own(*self.draw(self.batch_size, self.device))
@@ -177,19 +167,8 @@ class CIFAR100(Dataset):
     num_classes, img_size, train_size, test_size = 100, 32, 50_000, 10_000
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
-    def __init__(
-        self,
-        root,
-        *,
-        batch_size,
-        seed=0,
-        fraction=1.0,
-        augment="none",
-        device="cpu",
-        rank=0,
-        world_size=1,
-    ):
-        super().__init__(batch_size, device, rank, world_size)
+    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
+        super().__init__(batch_size, **place)
         self.root, self.seed, self.fraction, self.augment = Path(root), seed, fraction, augment
 
     def load(self):

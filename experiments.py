@@ -158,6 +158,16 @@ def matches(row, flags):
 # The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row an encoding.
 
 PUBLISHED = {  # van de Geijn et al. 2025: table 2 (CIFAR-100, 400 epochs), table 7 (20, 40, 60, 80 % of the images)
+    "prices": {  # their table 9, seconds on an A100, as ratios to the 3.9 of ape
+        "ape": "1",
+        "axial": "1.67",
+        "axial-learned": "1.46",
+        "uniform": "1.69",
+        "mixed": "1.33",
+        "spherical": "1.72",
+        "spherical-learned": "1.49",
+        "liere": "3.49",
+    },
     "table2": {
         "ape": "64.2 ± 0.9",
         "axial": "72.1 ± 0.6",
@@ -200,6 +210,23 @@ def measured(name, column="accuracy", **flags):
     return cell
 
 
+def priced(device, what, **sizes):
+    """A ratio that benchmark.py wrote into results/benchmark-<device>.json, with its quartiles if it is of times."""
+
+    def cell(pe):
+        path = RESULTS / f"benchmark-{device}.json"
+        if not path.exists():
+            return NOT_MEASURED
+        rows = json.loads(path.read_text())["rows"]
+        for row in rows:
+            if (sizes | {"what": what, "pe": pe}).items() <= row.items():
+                spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
+                return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
+        return "-"
+
+    return cell
+
+
 def seeds(name, **flags):
     """How many runs there were of it."""
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)))
@@ -216,6 +243,15 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
     "figure3": [
         *((f"{size} px", measured("figure3", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("figure3", epochs=50)),
+    ],
+    "prices": [
+        ("training step, published", published("prices")),
+        ("on a GPU", priced("cuda", "training step")),
+        ("on a CPU", priced("cpu", "training step")),
+        ("inference, on a CPU", priced("cpu", "inference")),
+        ("memory of a step", priced("cpu", "training step, memory")),
+        ("encoding alone, of attention", priced("cpu", "encoding, forward and backward", part="tokens", tokens=1024)),
+        ("its memory, of q and k", priced("cpu", "encoding, memory")),
     ],
     "table7": [
         ("published, 400 epochs", published("table7")),

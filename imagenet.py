@@ -66,15 +66,13 @@ class ImageNet(Dataset):
         seed=0,
         fraction=1.0,
         augment="3",
-        device="cpu",
         img_size=224,
         workers=8,
         limit_classes=None,
         skip_damaged=False,
-        rank=0,
-        world_size=1,
+        **place,
     ):
-        super().__init__(batch_size, torch.device(device), rank, world_size)
+        super().__init__(batch_size, **place)
         train, val = Path(root, "train"), Path(root, "val")
         classes = find_classes(train, val, limit_classes)
         files, labels = find_images(train, classes)

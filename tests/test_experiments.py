@@ -1,6 +1,7 @@
 """The experiments: what is run and what is skipped, what a row says, and that the README shows what results/ holds."""
 
 import csv
+import json
 import math
 import re
 import shlex
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import evaluate
 import experiments
 import train
 from data import Bearing
-from experiments import SETS, TABLES, Stopped, measured, read, run_set, seeds, table
+from experiments import SETS, TABLES, Stopped, measured, priced, read, run_set, seeds, table
 from vit import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,20 @@ def test_tables_show_mean_spread_and_number_of_seeds(calls, monkeypatch):
     assert "| `axial` | 71.3 ± 1.5 |\n" in table("tiny") and table("tiny").count("\n") == 2 + len(ENCODINGS)
 
 
+def test_prices_come_from_the_benchmarks_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    assert priced("cpu", "step")("axial") == "*not measured*"
+    rows = [
+        {"what": "step", "pe": "axial", "ratio": 1.0834, "low": 1.0, "high": 1.25},
+        {"what": "memory", "pe": "axial", "tokens": 64, "ratio": 0.5},
+        {"what": "memory", "pe": "axial", "tokens": 4096, "ratio": 2.25},
+    ]
+    (tmp_path / "benchmark-cpu.json").write_text(json.dumps({"rows": rows}))
+    assert priced("cpu", "step")("axial") == "1.08 (1.00 to 1.25)"
+    assert priced("cpu", "memory", tokens=4096)("axial") == "2.25"
+    assert priced("cpu", "step")("none") == "-" and priced("cuda", "step")("axial") == "*not measured*"
+
+
 def test_every_set_asks_for_what_the_scripts_take(capsys):
     for runs, evaluation in SETS.values():
         for flags in runs:
@@ -138,3 +154,12 @@ def test_every_result_is_a_run_of_its_set_from_a_commit(path):
         assert re.fullmatch("[0-9a-f]{40}", row["commit"])
         flags = train.parse_args(shlex.split(row["command"])[2:])
         assert flags.pe == row["pe"] and str(flags.seed) == row["seed"] and str(flags.epochs) == row["epochs"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("benchmark-*.json")), ids=lambda path: path.stem)
+def test_every_price_was_measured_by_a_command_at_a_commit(path):
+    found = json.loads(path.read_text())
+    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and found["torch"] and found["device"]
+    script, *flags = shlex.split(found["command"])[1:]
+    assert script == "benchmark.py" and benchmark.parse_args(flags).parts
+    assert {row["pe"] for row in found["rows"] if row["part"] == "step"} == set(ENCODINGS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import evaluate
 import experiments
 import train
@@ -22,7 +23,7 @@ def test_the_example_runs_and_turns_what_it_says():
     assert torch.equal(names["R"][0, 0], torch.eye(64))
 
 
-@pytest.mark.parametrize("script", [train, evaluate], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train, evaluate, benchmark], ids=lambda script: script.__name__)
 def test_every_command_is_one_that_the_script_takes(script):
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     commands = re.findall(rf"(?:python|torchrun --nproc_per_node=8) {script.__name__}\.py(.*)", blocks)
@@ -32,7 +33,7 @@ def test_every_command_is_one_that_the_script_takes(script):
 
 
 def test_every_flag_that_it_names_is_one_of_the_scripts(capsys):
-    for script in train, evaluate, experiments:
+    for script in train, evaluate, experiments, benchmark:
         with pytest.raises(SystemExit):
             script.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
