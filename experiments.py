@@ -2,7 +2,7 @@
 
     python experiments.py bearing bearing-corner        # on a CPU: minutes a run
     python experiments.py table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
-    python experiments.py --report                      # the README's tables and figures, from results/
+    python experiments.py --report                      # the README's tables, from results/
 
 A set is a list of runs in order of worth. Each is a `python train.py` and, for some sets, a `python evaluate.py`; then
 it has a row in results/<set>.csv, which quotes the command, and is not run again. Run folders stay in runs/, so that a
@@ -19,8 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from common import Parser, number
 from data import replacing
@@ -61,7 +59,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS)}")
     parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop before that much time is over")
-    parser.add_argument("--report", action="store_true", help="write the README's tables and figures from results/")
+    parser.add_argument("--report", action="store_true", help="write the README's tables from results/")
     args = parser.parse_args(argv)
     if unknown := set(args.sets) - set(SETS):
         parser.error(f"there is no set {', '.join(unknown)}: take {', '.join(SETS)}")
@@ -283,7 +281,7 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
 
 
 def report(path=ROOT / "README.md"):
-    """Write all tables into the README, and draw the figure."""
+    """Write all tables into the README."""
     text = path.read_text()
     for name in TABLES:
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -292,7 +290,6 @@ def report(path=ROOT / "README.md"):
         text = before + start + table(name) + end + after
     with replacing(path) as tmp:
         tmp.write_text(text)
-    draw_corner()
 
 
 def table(name):
@@ -304,38 +301,6 @@ def table(name):
         said_once = ("" if text == NOT_MEASURED and text in line[:i] else text for i, text in enumerate(line))
         lines.append([f"`{pe}`", *said_once])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def draw_corner():
-    """figures/bearing-corner.png: a dot a run, its accuracy in the corner that it never saw."""
-    encodings = ["none", "ape"]
-    broken = ["spherical", "spherical-learned", "liere"]
-    encodings += [pe for pe in ENCODINGS if pe not in encodings + broken] + broken
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for pool, label, colour, offset in (
-        ("cls", "a class token", "#d55e00", -0.12),
-        ("mean", "the mean of all patches", "#0072b2", 0.12),
-    ):
-        runs = [row for row in read("bearing-corner") if row["pool"] == pool]
-        accuracy = [float(row["region lower right"]) for row in runs]
-        place = [encodings.index(row["pe"]) + offset for row in runs]
-        axes.plot(accuracy, place, "o", color=colour, alpha=0.7, clip_on=False, label=label)
-    axes.axvline(12.5, color="#999999", linewidth=1, zorder=0)
-    for line in 1.5, len(encodings) - len(broken) - 0.5:
-        axes.axhline(line, color="#cccccc", linewidth=1, zorder=0)
-    for name, place in ("no rotation", 0.5), ("equivariant", 5), ("not equivariant", len(encodings) - 2):
-        axes.text(1.01, place, name, color="#666666", rotation=-90, va="center", transform=axes.get_yaxis_transform())
-    axes.set(xlim=(0, 100), xlabel="accuracy in the opposite corner (%); chance is 12.5", yticks=range(len(encodings)))
-    axes.set_yticklabels(encodings)
-    axes.set_ylim(len(encodings) - 0.5, -0.5)
-    axes.set_title("A class token ties what is learned to its place, equivariant or not", loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="the classifier reads", loc="upper right")
-    path = ROOT / "figures" / "bearing-corner.png"
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as tmp:
-        figure.savefig(tmp, format="png", dpi=150)
 
 
 if __name__ == "__main__":

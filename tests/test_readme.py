@@ -12,7 +12,8 @@ import experiments
 import train
 from vit import ENCODINGS
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_and_turns_what_it_says():
@@ -46,6 +47,13 @@ def test_every_test_that_it_names_exists():
     assert len(names) > 5
     for name in names:
         assert f"def {name}(" in tests
+
+
+def test_every_picture_that_it_shows_exists():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) == len(set(pictures)) > 4
+    for picture in pictures:
+        assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_every_encoding_is_in_the_table():

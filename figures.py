@@ -1,0 +1,510 @@
+"""Pictures: what the encodings do, and what came of training with them.
+
+    python figures.py            # the encodings as they begin, and results/bearing-corner.csv
+    python figures.py runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
+
+The first command writes attention, order, frequencies, equivariance and bearing-corner, the second one curves,
+learned-frequencies, sizes, shifts and cost, as PNGs into figures/. Sizes and shifts need what evaluate.py has found.
+Of several seeds, lines show the mean, bands go from the lowest to the highest. Each picture is a function that returns
+a Figure, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368) where a figure is named.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+
+import matplotlib
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+import experiments
+from common import Parser, failed, reading
+from comrope import ComRoPE
+from data import replacing
+from liere import LieRE
+from rope_axial import AxialRoPE
+from rope_mixed import MixedRoPE
+from rope_spherical import SphericalRoPE
+from vit import ENCODINGS, ViT
+
+# Okabe and Ito's colours, which colour-blind eyes can tell apart.
+COLOURS = BLUE, ORANGE, RED, PURPLE, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9"
+GREY, PALE = "#777777", "#cccccc"
+SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "white", RED])
+FROM_ZERO = LinearSegmentedColormap.from_list("from zero", ["white", ORANGE, RED, "black"])
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that train.py has written")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="where the pictures go (%(default)s/)")
+    args = parser.parse_args(argv)
+    try:
+        runs = read_runs(args.runs)
+    except (OSError, ValueError) as e:  # what a user can mend
+        return failed(e)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
+            path = args.out / f"{name}.png"
+            with matplotlib.rc_context(STYLE):
+                if figure := draw(runs) if runs else draw():
+                    with replacing(path) as tmp:
+                        figure.savefig(tmp, format="png")
+            print(path if figure else f"{path} is left out: there is nothing to show in it", flush=True)
+    except OSError as e:
+        return failed(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out")
+    if lacking := [str(run.folder) for run in runs if not run.evaluation]:
+        print(f"To have them in sizes and shifts, too: python evaluate.py {shlex.join(lacking)}", file=sys.stderr)
+    return 0
+
+
+def titled(title, height, width=9):
+    """An empty figure, in inches; at a width of 9 its text is legible on a page of 800 pixels."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+# What the encodings do, in numbers.
+
+
+def encodings(head_dim, num_heads=1):
+    """{name: encoding} of all that turn queries and keys, as they begin, the equivariant ones first."""
+    ropes = {}
+    for pe, make in ENCODINGS.items():
+        torch.manual_seed(18)  # with which every group that attention() shows turns visibly
+        if make is LieRE:  # whose head is a single group, if not in blocks
+            ropes["liere, b = 8"] = LieRE(head_dim, num_heads, block_size=8)
+        if make is not None:
+            ropes[pe] = make(head_dim, num_heads)
+    return dict(sorted(ropes.items(), key=lambda item: not equivariant(item[1])))
+
+
+def grid(n, half=math.pi):
+    """n x n positions (n * n, 2) over the square of [-half, half], row by row."""
+    x = torch.linspace(-half, half, n, dtype=torch.float64)
+    return torch.cartesian_prod(x, x).flip(-1)
+
+
+@torch.no_grad()
+def channel_groups(rope):
+    """The channels that R mixes with each other: a list of indices for each group of more than one.
+
+    An entry of R that is not 0 links two channels; groups are the connected components.
+    """
+    R = rope.rotation(torch.randn(16, 2, dtype=torch.float64))  # (H or 1, T, D, D)
+    linked = R.abs().amax(dim=(0, 1)) > 1e-9
+    for _ in range(rope.head_dim.bit_length()):  # paths of twice the length
+        linked = (linked.double() @ linked.double()) > 0
+    groups = {tuple(row.nonzero().flatten().tolist()) for row in linked}
+    return [list(group) for group in sorted(groups) if len(group) > 1]
+
+
+@torch.no_grad()
+def patterns(rope, pos):
+    """Scores of a random query at 0 with itself as key at pos (T, 2): (groups + 1, T), the last of the whole head.
+
+    Relative to the query's squared norm in these channels: the cosine of the angle by which R turns it.
+    """
+    q = torch.randn(1, 1, 1, rope.head_dim, dtype=pos.dtype)
+    k = q.expand(1, rope.num_heads, len(pos), -1)
+    products = (q * rope(k, k, pos)[1])[0, 0].T  # (D, T), of the first head
+    groups = [*channel_groups(rope), list(range(rope.head_dim))]
+    return torch.stack([products[g].sum(dim=0) / q[..., g].square().sum() for g in groups])
+
+
+@torch.no_grad()
+def equivariance_error(rope, p, q):
+    """|R(p)^T R(q) - R(q - p)| for p (2,) and q (T, 2): (T,) spectral norms, from 0 to 2, of the worst head.
+
+    That is the most by which the score of a query and a key of norm 1 can depend on more than q - p.
+    """
+    difference = rope.rotation(p[None]).mT @ rope.rotation(q) - rope.rotation(q - p)
+    return torch.linalg.matrix_norm(difference, ord=2).amax(dim=0)
+
+
+def equivariant(rope):
+    """Whether R(p)^T R(q) = R(q - p), by trial."""
+    p, q = torch.randn(2, 16, 2, dtype=torch.float64)
+    return bool(equivariance_error(rope, p[0], q).max() < 1e-6)
+
+
+@torch.no_grad()
+def walk(rope, z, *steps):
+    """The way of z (D,) while R(s step), s from 0 to 1, turns it by one step (2,) after another: (steps, 60, D)."""
+    s, paths = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None], []
+    for step in steps:
+        paths.append(rope.rotation(s * torch.tensor(step, dtype=torch.float64))[0] @ z)
+        z = paths[-1][-1]
+    return torch.stack(paths)
+
+
+@torch.no_grad()
+def frequencies(rope):
+    """(w_x, w_y) of each head's groups (H or 1, 2, groups) in radians per unit of position; None if it has none.
+
+    A block of ComRoPE is b / 2 pairs in another basis, with eigenvalues of theta_x B and theta_y B for frequencies.
+    """
+    if isinstance(rope, ComRoPE):
+        w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w
+        return torch.einsum("mk,hkl->hmkl", rope.theta, w).flatten(2)
+    if isinstance(rope, AxialRoPE):  # half of the pairs know x, the others y
+        return torch.stack([torch.block_diag(*w) for w in rope.freqs[:, :, None].unbind()])
+    return rope.freqs.clone() if hasattr(rope, "freqs") else None
+
+
+# The same in pictures.
+
+
+def attention():
+    """What a query in the centre sees: axial groups stripes along an axis, others waves in any direction (figure 1)."""
+    n, ropes = 81, encodings(48)
+    figure = titled("An axial group sees along one axis; mixed, spherical and LieRE groups see obliquely", 4.2)
+    rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
+        *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
+        groups = [groups[i * len(groups) // 4] for i in range(3)] if len(groups) > 1 else []
+        for axes, scores in zip(column[::-1], [head, *reversed(groups)], strict=False):
+            image = axes.imshow(scores.numpy(), cmap=SIGNED, vmin=-1, vmax=1, extent=(-2, 2, 2, -2))
+            axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
+        column[0].set_title(name.replace("-", "\n").replace(", ", "\n"))
+        if not groups:
+            column[1].text(0.5, 0.5, "a head\nis one\ngroup", color=GREY, ha="center", va="center")
+    for axes in rows.flat:
+        axes.set(xticks=[], yticks=[], box_aspect=1)
+        axes.spines[:].set_visible(False)
+    for axes, label in zip(rows[:, 0], ["a group", "another", "a third", "the head"], strict=True):
+        axes.set_ylabel(label)
+    figure.colorbar(image, ax=rows, label="score / |q|²", ticks=[-1, 0, 1], shrink=0.6, aspect=25, pad=0.01)
+    about = "place of the key, equal to the query in the centre; dashed: as wide as a training image"
+    figure.supxlabel(about, fontsize=10)
+    return figure
+
+
+def order():
+    """Two ways to one place: on the circle they end at one point, on the sphere they do not (figure 2)."""
+    mixed, spherical = MixedRoPE(2, 1), SphericalRoPE(3, 1)
+    mixed.freqs.data = torch.tensor([[[1.0], [0.6]]])
+    pair, triplet = (torch.tensor(z, dtype=torch.float64) for z in ((0.28, -0.96), (0.70, -0.35, 0.62)))
+    figure = titled("On a circle the order of two turns does not matter, on a sphere it does", 3.8)
+    plane, circle, sphere = panels = figure.subplots(1, 3)
+    plane.set_title("Two ways to one place:\nx, then y; y, then x.")
+    circle.set_title("They turn a pair of Mixed RoPE\nto one and the same angle ...")
+    sphere.set_title("... but a triplet of Spherical RoPE\nto two points far apart.")
+    for axes in panels:
+        axes.set(aspect="equal", xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    plane.set(xlim=(-0.07, 1.27), ylim=(1.27, -0.07), xlabel="x", ylabel="y")
+    circle.add_patch(Circle((0, 0), 1, facecolor="none", edgecolor=PALE))
+    sphere.add_patch(Circle((0, 0), 1, facecolor="#f6f6f6", edgecolor=GREY))
+    turn = torch.linspace(0, 2 * math.pi, 200, dtype=torch.float64)
+    for height in torch.linspace(-1, 1, 11)[1:-1]:
+        ring = torch.stack([turn.cos(), turn.sin(), height.expand(200)], dim=1)
+        ring[:, :2] *= (1 - height**2).sqrt()
+        sphere.plot(*seen(ring), color=PALE, linewidth=0.8)
+    along_x, along_y, both = (1.2, 0.0), (0.0, 1.2), (1.2, 1.2)
+    for way, colour, radius in ((along_x, along_y), BLUE, 1.0), ((along_y, along_x), RED, 0.9):
+        corners = torch.tensor([[(0.0, 0.0), way[0]], [way[0], both]])
+        angles = walk(mixed, pair, *way)
+        for end in angles[0, 0], angles[-1, -1]:
+            circle.plot([0, end[0]], [0, end[1]], color=PALE, linewidth=1, zorder=0)
+        paths = corners.unbind(-1), (radius * angles).unbind(-1), seen(walk(spherical, triplet, *way))
+        for axes, (x, y) in zip(panels, paths, strict=True):  # each (2, points): two steps
+            axes.plot(x.flatten(), y.flatten(), color=colour, linewidth=2.5)
+            axes.plot(x[:, -1], y[:, -1], "o", color=colour)
+            axes.plot(x[-1, -1], y[-1, -1], "o", color=colour, markersize=9)
+            axes.plot(x[0, 0], y[0, 0], "o", color="black", zorder=3)
+    return figure
+
+
+def seen(points, front=(0.80, -0.48, 0.34)):
+    """Points (..., 3) of a sphere as they look from afar, the third axis upwards: x and y (...), NaN if hidden."""
+    front = torch.tensor(front, dtype=torch.float64)
+    right = torch.stack([-front[1], front[0], 0 * front[2]])
+    view = torch.stack([right, torch.linalg.cross(front, right)])
+    x, y = (points @ (view / view.norm(dim=1, keepdim=True)).T).unbind(-1)
+    hidden = points @ front < 0
+    return x.masked_fill(hidden, math.nan), y.masked_fill(hidden, math.nan)
+
+
+def all_frequencies():
+    """How fast each group turns with x and with y, before training (figure 1)."""
+    ropes = encodings(48, 6)
+    ropes["mixed, uniform init"] = MixedRoPE(48, 6, init="uniform")
+    shown = {name: w for name, rope in ropes.items() if (w := frequencies(rope)) is not None}
+    figure = titled("Axial frequencies lie on the axes; mixed and spherical ones need not", 4.4)
+    panels = figure.subplots(2, len(shown) // 2 + 1, sharex=True, sharey=True)
+    for axes, name in zip(panels.flat, shown, strict=False):
+        scatter(axes, shown[name])
+        axes.set_title(name)
+    for axes in panels.flat[len(shown) :]:
+        axes.axis("off")
+    about = "a dot: a group of\nchannels; a colour:\na head; black:\nall heads alike"
+    panels[-1, -1].text(0, 0.5, about, va="center", color=GREY, transform=panels[-1, -1].transAxes)
+    figure.supxlabel("$w_x$, radians per unit of position", fontsize=10)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("$w_y$")
+    return figure
+
+
+def scatter(axes, w):
+    """Dots at frequencies w (H or 1, 2, groups)."""
+    axes.axhline(0, color=PALE, linewidth=1, zorder=0)
+    axes.axvline(0, color=PALE, linewidth=1, zorder=0)
+    for (x, y), colour in zip(w, cycle(COLOURS) if len(w) > 1 else ["black"], strict=False):
+        axes.plot(x, y, "o", color=colour, markersize=3.5, alpha=0.8, markeredgewidth=0)
+    axes.set_aspect("equal")
+
+
+def equivariance():
+    """Where R(p)^T R(q) is not R(q - p): nowhere for equivariant encodings.
+
+    LieRE is right for q on the line through p and the origin, Spherical RoPE for q above or below p, as it yaws last.
+    """
+    n, ropes = 61, encodings(24)
+    kinds = {kind: [name for name in ropes if equivariant(ropes[name]) == kind] for kind in (True, False)}
+    p = math.pi * torch.tensor([0.5, 0.25], dtype=torch.float64)
+    figure = titled("All scores know how far apart tokens are; spherical and LieRE also where", 3.9)
+    panels = figure.subplots(2, max(len(kinds[True]), len(kinds[False]) + 1))  # one is for text
+    for axes in panels.flat:
+        axes.axis("off")
+    for row, (kind, names) in zip(panels, kinds.items(), strict=True):
+        for axes, name in zip(row, names, strict=False):
+            error = equivariance_error(ropes[name], p, grid(n)).view(n, n)
+            image = axes.imshow(
+                error.numpy(), FROM_ZERO, vmin=0, vmax=2, extent=(-1, 1, 1, -1), interpolation="bilinear"
+            )
+            axes.plot(*p / math.pi, "P", color=BLUE, markeredgecolor="white", markersize=8)
+            axes.axis("on")
+            axes.spines[:].set_visible(True)
+            axes.set(title=name, xticks=[], yticks=[], xlabel=f"up to {error.max():.2g}")
+        row[0].set_ylabel("equivariant" if kind else "not equivariant")
+    figure.colorbar(image, ax=panels, label="|R(p)ᵀR(q) - R(q - p)|", ticks=[0, 1, 2], shrink=0.8, pad=0.01)
+    about = "p is the plus, q any place\nin a training image; white\nwhere only q - p matters"
+    panels[1, len(kinds[False])].text(0, 0.5, about, va="center", color=GREY, in_layout=False)
+    return figure
+
+
+def bearing_corner():
+    """Accuracy in the corner that training did not show, a dot a run of results/bearing-corner.csv."""
+    rows, ropes, kinds = experiments.read("bearing-corner"), encodings(24), {}
+    if not rows:
+        return None
+    for pe in dict.fromkeys(row["pe"] for row in rows):
+        kind = "no rotation" if pe not in ropes else "equivariant" if equivariant(ropes[pe]) else "not equivariant"
+        kinds.setdefault(kind, []).append(pe)
+    pools = ("cls", "a class token", RED, -0.14), ("mean", "the mean of all patches", BLUE, 0.14)
+    figure = titled("Equivariance carries over to a new place, unless a class token marks the old one", 5)
+    heights = list(map(len, kinds.values()))
+    panels = figure.subplots(len(kinds), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (kind, pes) in zip(panels, kinds.items(), strict=True):
+        for pool, label, colour, offset in pools:
+            runs = [row for row in rows if row["pe"] in pes and row["pool"] == pool]
+            place = [pes.index(row["pe"]) + offset for row in runs]
+            accuracy = [float(row["region lower right"]) for row in runs]
+            axes.plot(accuracy, place, "o", color=colour, alpha=0.7, clip_on=False, label=label)
+        axes.axvline(12.5, color=GREY, linewidth=1, zorder=0)
+        axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
+        axes.tick_params(length=0)
+    figure.align_ylabels(panels)
+    panels[0].legend(title="the classifier reads", loc="upper right")
+    panels[-1].set_xlabel("accuracy in the opposite corner (%); the line is chance")
+    return figure
+
+
+# What came of training.
+
+
+def read_runs(folders):
+    """What is known of each run. Raises ValueError if a folder has no run, or if the runs cannot be compared."""
+    runs = sorted(map(read_run, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
+    flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "block_size"})
+    if differ := [flag for flag in flags if len({run.config.get(flag) for run in runs}) > 1]:
+        what = ", ".join(f"--{flag.replace('_', '-')}" for flag in differ)
+        raise ValueError(f"these runs differ in {what}: name runs that differ in encoding and seed alone")
+    return runs
+
+
+def read_run(folder):
+    """What last.pt, result.json and evaluation.json say; {} for one of the latter that is not there."""
+    path = folder / "last.pt"
+    if not path.exists():
+        raise ValueError(f"there is no {path}: name folders that train.py has written")
+    with reading(path, "train it again"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = ViT(**saved["vit"])
+        model.load_state_dict(saved["model"])
+        config, log = saved["config"], saved["log"]
+        name = config["pe"] + (f", b = {config['block_size']}" if config["block_size"] else "")
+    found = {}
+    for kind in "result", "evaluation":
+        path = folder / f"{kind}.json"
+        found[kind] = json.loads(path.read_text()) if path.exists() else {}
+    return SimpleNamespace(folder=folder, name=name, config=config, log=log, model=model, **found)
+
+
+def by_name(runs, values):
+    """{name: {x: [y of each seed]}} of values(run) = {x: y}, for the x that all seeds have."""
+    seeds = defaultdict(list)
+    for run in runs:
+        if points := values(run):
+            seeds[run.name].append(points)
+    shared = {name: sorted(set.intersection(*map(set, points))) for name, points in seeds.items()}
+    return {name: {x: [points[x] for points in seeds[name]] for x in xs} for name, xs in shared.items() if xs}
+
+
+def best(found):
+    """The last x, and the highest mean there and whose it is."""
+    x = max(map(max, found.values()))
+    return x, *max((mean(points[x]), name) for name, points in found.items() if x in points)
+
+
+def look(name):
+    """A colour for each class of encodings, a line and a marker for each variant."""
+    pe, _, blocks = name.partition(",")
+    classes = {pe: getattr(make, "func", make) for pe, make in ENCODINGS.items()}
+    variant = [other for other in classes if classes[other] == classes[pe]].index(pe) + 2 * bool(blocks)
+    colour = [GREY, *COLOURS][list(dict.fromkeys(classes.values())).index(classes[pe]) % 7]
+    return {"color": colour, "linestyle": ["-", "--", ":", "-."][variant % 4], "marker": "os^D"[variant % 4]}
+
+
+def lines(title, *panels):
+    """Accuracies by x; a panel is its label of x and what by_name has found. -> the figure, its axes."""
+    figure = titled(title, 4.2)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, found) in zip(all_axes, panels, strict=True):
+        for name, points in found.items():
+            x, (low, middle, high) = list(points), ([f(y) for y in points.values()] for f in (min, mean, max))
+            axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), markersize=4, **look(name))
+            axes.fill_between(x, low, high, color=look(name)["color"], alpha=0.15, linewidth=0)
+        axes.set_xlabel(label)
+    finish(all_axes)
+    return figure, all_axes
+
+
+def finish(panels):
+    """The label of y, and a legend beside the panels, in the order in which the first one's lines end."""
+    panels[0].set_ylabel("test accuracy (%)")
+    entries = zip(*panels[0].get_legend_handles_labels(), strict=True)
+    ends = sorted(entries, key=lambda entry: entry[0].get_ydata()[-1], reverse=True)
+    panels[0].figure.legend(*zip(*ends, strict=True), loc="outside right upper", handlelength=3)
+
+
+def curves(runs):
+    """Test accuracy by epoch."""
+    if found := by_name(runs, lambda run: {row["epoch"]: row["test_accuracy"] for row in run.log}):
+        epoch, accuracy, name = best(found)
+        title = f"{name} is the most accurate, {accuracy:.1f} % after epoch {epoch}"
+        return lines(title, (f"epoch on {runs[0].config['dataset']}", found))[0]
+
+
+def sizes(runs):
+    """Test accuracy by the size of the images, patches kept (figure 3)."""
+    if found := by_name(runs, lambda run: {int(size): y for size, y in run.evaluation.get("size", {}).items()}):
+        size, accuracy, name = best(found)
+        title = f"{name} does best on the largest images, {accuracy:.1f} % at {size} pixels"
+        figure, [axes] = lines(title, ("side of the test images in pixels; the line: of the training images", found))
+        model = runs[0].model
+        axes.axvline(model.grid * model.patch_embed.proj.stride[0], color=PALE, zorder=0)
+        axes.set_xticks(sorted(set().union(*found.values())))
+        return figure
+
+
+def shifts(runs):
+    """Test accuracy when all positions shift, or all but the class token's (Yu et al. 2025, figure 5)."""
+
+    def shifted(kind):
+        def values(run):
+            found = {float(rho): y for rho, y in run.evaluation.get(kind, {}).items()}
+            return found and {0.0: run.evaluation["test"]["test"]} | found
+
+        return by_name(runs, values)
+
+    every = "shift of all positions, in patches", shifted("shift")
+    but_one = "of all but the class token's", shifted("patch shift")
+    if panels := [(label, found) for label, found in (every, but_one) if found]:
+        figure, all_axes = lines("To an equivariant encoding a shift of all positions is nothing", *panels)
+        for axes, (_, found) in zip(all_axes, panels, strict=True):
+            ticks = sorted(set().union(*found.values()))
+            axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.set_xticks(ticks, labels=[f"{x:g}" for x in ticks])
+            axes.set_xlim(-0.2, 1.2 * ticks[-1])
+        return figure
+
+
+def cost(runs):
+    """Test accuracy by the time of training, a marker a run; for runs that were made on one kind of device."""
+    done = [run for run in runs if run.result]
+    if len({run.result["device"] for run in done}) == 1:
+        fastest = max(run.result["images_per_second"] for run in done)
+        time = by_name(done, lambda run: {"": fastest / run.result["images_per_second"]})
+        accuracy = by_name(done, lambda run: {"": run.result["test_accuracy"]})
+        _, highest, name = best(accuracy)
+        price = mean(time[name][""])
+        figure = titled(f"{name} is the most accurate, {highest:.1f} % for {price:.2g} times the least time", 4.2)
+        axes = figure.subplots()
+        for name in time:
+            axes.plot(time[name][""], accuracy[name][""], label=name, **look(name) | {"linestyle": ""})
+        axes.set_xlabel("time for an image in training, the fastest run = 1")
+        finish([axes])
+        return figure
+
+
+def learned_frequencies(runs):
+    """(w_x, w_y) by layer, of the first run of each encoding that learns them (figures 4 and 5)."""
+    shown = {}
+    for run in runs:
+        ropes = [block.attn.rope for block in run.model.blocks]
+        if ropes[0] is not None and list(ropes[0].parameters()) and frequencies(ropes[0]) is not None:
+            shown.setdefault(run.name, list(map(frequencies, ropes)))
+    if shown:
+        depth = len(runs[0].model.blocks)
+        layers = [round(i * (depth - 1) / 5) for i in range(6)] if depth > 6 else range(depth)
+        figure = titled("Frequencies after training, by layer", 0.9 + 1.6 * len(layers), max(4.5, 1.8 * len(shown)))
+        panels = figure.subplots(len(layers), len(shown), squeeze=False, sharex=True, sharey=True)
+        for column, (name, w) in zip(panels.T, shown.items(), strict=True):
+            column[0].set_title(name)
+            for axes, layer in zip(column, layers, strict=True):
+                scatter(axes, w[layer])
+        for axes, layer in zip(panels[:, 0], layers, strict=True):
+            axes.set_ylabel(f"layer {layer + 1}\n$w_y$")
+        figure.supxlabel("$w_x$, radians per unit of position; a colour for each head", fontsize=10)
+        return figure
+
+
+OF_ENCODINGS = {
+    "attention": attention,
+    "order": order,
+    "frequencies": all_frequencies,
+    "equivariance": equivariance,
+    "bearing-corner": bearing_corner,
+}
+OF_RUNS = {
+    "curves": curves,
+    "learned-frequencies": learned_frequencies,
+    "sizes": sizes,
+    "shifts": shifts,
+    "cost": cost,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
