@@ -76,7 +76,10 @@ def add_device_flags(parser):
 
 def usable_device(name):
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which it is that is waited for, and that graphs are compiled for
+        return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
 

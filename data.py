@@ -11,7 +11,7 @@ Which images a training step sees depends on the seed and the step alone. How th
 global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
 augment is "3", for DeiT-III's random crop, flip, 3-Augment and jitter, or "mix", for these and Mixup or CutMix: targets
 are (B, num_classes) then, what each class is worth. Of world_size processes, each gets every world_size'th image of a
-batch, and of the test set, from its rank on.
+batch, and of the test set, from its rank on; here it makes the whole batch for that.
 """
 
 import hashlib

@@ -34,7 +34,6 @@ def join(device):
                 f"{LOCAL_WORLD_SIZE} processes need as many GPUs, here are {gpus}: change --nproc_per_node"
             )
         device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(device)
     if RANK:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
@@ -49,7 +48,7 @@ def leave():
 
 
 def defer():
-    """Give the first process time to report an error that all have met; torchrun then ends the others."""
+    """Let the first process report an error that may be everybody's: when it ends, torchrun ends the others."""
     if RANK:
         time.sleep(5)
 
@@ -81,7 +80,7 @@ def union(items):
 
 
 class Stopped(Exception):
-    """Ctrl-C was pressed, and all is saved."""
+    """Ctrl-C was pressed, and the step that was under way is done."""
 
 
 class Stop:
@@ -104,7 +103,7 @@ class Stop:
         signal.signal(signal.SIGINT, self.handler)
 
     def interrupt(self, *_):
-        if self.reason and WORLD_SIZE == 1:  # a second Ctrl-C will not wait (torchrun sends two for each)
+        if self.reason and WORLD_SIZE == 1:  # a second Ctrl-C will not wait (several processes are torchrun's to end)
             raise KeyboardInterrupt
         self.reason = Stopped()
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from common import DATASETS, Parser, accuracy, add_device_flags, failed, number, reading, usable_device, write_json
 from data import REGIONS, Bearing, DataError
+from distributed import WORLD_SIZE
 from vit import ViT
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
@@ -32,6 +33,8 @@ SHIFTS = 1, 2, 4, 8, 16  # patches
 def main(argv=None):
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
+    if WORLD_SIZE > 1:
+        return failed("evaluate.py is for one process: start it with python, not with torchrun")
     try:
         usable_device(args.device)
         for run in args.runs:

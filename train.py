@@ -62,35 +62,47 @@ def main(argv=None):
     """Run the command line; returns the exit code."""
     args = parse_args(argv)
     try:
+        return execute(args)
+    except RuntimeError as e:
+        if WORLD_SIZE > 1 and "by peer" in str(e):  # another process is gone, and has said why
+            return 1
+        raise
+
+
+def execute(args):
+    try:
         args.device = join(args.device)
         model, data, optimizer, state = set_up(args)
     except (DataError, OSError, ValueError) as e:  # what a user can mend
         return failed(e)
     except KeyboardInterrupt:
-        print("Stopped before the training began.", file=sys.stderr)
-        return 130
+        return stopped("Stopped before the training began.")
     code = 0
     try:
         (profile if args.profile else train)(args, model, data, optimizer, state)
     except Stopped:
-        code = 130
-        if RANK == 0:
-            print(f"Stopped after step {state['step']}. To go on: {command(resume=True)}", file=sys.stderr)
+        code = stopped(f"Stopped after step {state['step']}. To go on: {command(resume=True)}")
+    except KeyboardInterrupt:
+        return stopped("Stopped." if args.profile else "Stopped at once: what came after the last save is lost.")
     except DataError as e:  # an image that cannot be read
         if args.profile:
             return failed(e)
         code = failed(f"{e}; then go on with --resume")
-    except KeyboardInterrupt:
-        print("Stopped at once, with nothing saved since the last checkpoint.", file=sys.stderr)
-        return 130
     except Diverged as e:
         return failed(e, 1)
     except torch.OutOfMemoryError:
-        return failed(f"the GPU's memory is full: try --micro-batch {max(1, (args.micro_batch or data.share) // 2)}")
-    except OSError as e:
-        return failed(f"cannot write to {args.out} ({e.strerror}): make room, and go on with --resume")
+        half = (args.micro_batch or data.share) // 2
+        return failed(f"the GPU's memory is full: try {f'--micro-batch {half}' if half else 'a smaller model'}")
+    except OSError as e:  # a full disk, most likely
+        return failed(f"{e}: mend that, and go on with --resume")
     leave()
     return code
+
+
+def stopped(why):
+    if RANK == 0:
+        print(why, file=sys.stderr)
+    return 130
 
 
 def set_up(args):
@@ -102,6 +114,8 @@ def set_up(args):
         )
     if args.jitter and args.pe in ("none", "ape"):
         raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
+    if args.eval_size and args.eval_size % args.patch_size:
+        raise ValueError(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
     if args.dataset == "imagenet":
         data_options |= {name: getattr(args, name) for name in recipes.IMAGENET if name != "eval_size"}
@@ -136,7 +150,7 @@ def set_up(args):
     }
     if args.resume:
         load(args, model, optimizer, state)
-    elif (args.out / "last.pt").exists():
+    elif (args.out / "last.pt").exists() and not args.profile:
         raise ValueError(f"{args.out} holds a run: add --resume to go on with it, or --out to put this one elsewhere")
     if RANK == 0:  # it downloads, and writes, and the others wait for it
         if device.type == "cpu" and args.dataset in ("cifar100", "imagenet") and not args.profile:
@@ -243,21 +257,29 @@ def run(args, model, data, optimizer, state, bar, stop):
     """Step after step, epoch after epoch."""
     steps = steps_per_epoch(args, data)
     batches = stop.before(train_batches(args, data, state))
-    speed, saved, shown = Speed(args, state, steps), time.perf_counter(), time.perf_counter()
+    saved = shown = time.perf_counter()
+    first, counted = state["step"] + FIRST_STEPS, None
     while (epoch := len(state["log"])) < args.epochs:
         start = time.perf_counter()
         if state["step"] < (epoch + 1) * steps:
-            batch = next(batches, None)
+            batch = next(batches, None)  # None if there is a reason to stop
             stop.heed()
             train_step(args, model, batch, optimizer, state, steps)
             bar.update(args.batch_size)
-            if start - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
+            if RANK == 0 and start - shown > 0.5:  # not at every step: to read a number is to wait for the GPU
                 shown = start
                 loss, hits = epoch_means(args, state)
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
             state["seconds"] += time.perf_counter() - start
-            speed.tell()
+            if state["step"] == first:
+                counted = state["seconds"]
+            elif counted is not None and state["seconds"] - counted > SPEED_SECONDS:
+                rate = (state["step"] - first) / (state["seconds"] - counted)  # steps a second
+                left = timedelta(seconds=round((args.epochs * steps - state["step"]) / rate))
+                end = f"{datetime.now() + left:%a %d %b %H:%M}"
+                tqdm.write(f"{rate * args.batch_size:.0f} images/s: about {left} to go, until {end}")
+                counted = None
         else:
             row = finish_epoch(args, model, data, optimizer, state, stop)
             tqdm.write(
@@ -267,25 +289,6 @@ def run(args, model, data, optimizer, state, bar, stop):
         if time.perf_counter() - saved > CHECKPOINT_SECONDS or len(state["log"]) == args.epochs:
             save(args, model, optimizer, state)
             saved = time.perf_counter()
-
-
-class Speed:
-    """Says once, after the first steps, how fast the run is and when it will end."""
-
-    def __init__(self, args, state, steps):
-        self.args, self.state, self.last = args, state, args.epochs * steps
-        self.first, self.start = state["step"] + FIRST_STEPS, None
-
-    def tell(self):
-        step, seconds = self.state["step"], self.state["seconds"]
-        if step == self.first:
-            self.start = seconds
-        elif self.start is not None and seconds - self.start > SPEED_SECONDS:
-            rate = (step - self.first) / (seconds - self.start)  # steps a second
-            left = timedelta(seconds=round((self.last - step) / rate))
-            end = f"{datetime.now() + left:%a %d %b %H:%M}"
-            tqdm.write(f"{rate * self.args.batch_size:.0f} images/s: about {left} to go, until {end}")
-            self.start, self.first = None, 0
 
 
 def steps_per_epoch(args, data):
@@ -303,7 +306,7 @@ def train_step(args, model, batch, optimizer, state, steps):
     """Forward and backward, a micro-batch after the other, then one step of the optimizer."""
     model.train()
     pos = jittered(bare(model), args.jitter) if args.jitter else None
-    reseed(args.seed, 1 + state["step"], RANK)  # dropout is drawn for each process's images anew
+    reseed(args.seed, 1 + state["step"], 1 + RANK)  # dropout is drawn for each process's images anew
     parts = list(zip(*(part.split(args.micro_batch or len(part)) for part in batch), strict=True))
     sums = []
     for i, (images, targets) in enumerate(parts, start=1):
@@ -391,9 +394,9 @@ def save(args, model, optimizer, state):
     epoch_means(args, state)
     if RANK:
         return
-    with replacing(args.out / "last.pt") as tmp:
-        weights = {"model": bare(model).state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({"config": config(args)} | weights | state, tmp)
+    weights = {"model": bare(model).state_dict(), "optimizer": optimizer.state_dict()}
+    with replacing(args.out / "last.pt") as tmp, open(tmp, "wb") as f:  # given a path, torch.save hides what went wrong
+        torch.save({"config": config(args)} | weights | state, f)
     if state["log"]:
         plot(args, state["log"])
 
@@ -410,7 +413,10 @@ def load(args, model, optimizer, state):
         if not changed:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            here = state["made"]["device"]
             state.update((name, saved[name]) for name in state)
+            if state["made"]["device"].split(", then ")[-1] != here:
+                state["made"]["device"] += f", then {here}"
     if changed:
         raise ValueError(f"{path} is of another configuration: {', '.join(changed)}")
 

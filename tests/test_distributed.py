@@ -96,6 +96,8 @@ def test_two_processes_go_on_to_the_same_end_in_small_parts(whole, stopped):
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["2", "3"]
     assert sum("test accuracy after 3 epochs" in line for line in lines) == 1
     assert json.loads(Path("two/result.json").read_text())["device"].startswith("2 x cpu")
+    made = [json.loads(Path(f"{out}/result.json").read_text())["device"] for out in ("whole", "one")]
+    assert made[1].startswith("2 x cpu") and made[1].endswith(f", then {made[0]}")
 
 
 def test_a_damaged_image_on_one_process_stops_both_and_all_is_saved():
@@ -116,6 +118,7 @@ def test_a_killed_process_ends_the_other():
         *FLAGS, "--out=killed", "--epochs=1000", at_step=4, on_rank_1="os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert "by peer" not in done.stderr  # what the other one has to say of it is of no use
     assert not Path("killed/result.json").exists()
 
 
@@ -183,6 +186,14 @@ def test_dropout_differs_from_process_to_process(monkeypatch):
     assert torch.equal(dropped[0], dropped[1]) and not torch.equal(dropped[0], dropped[2])
 
 
+def test_dropout_does_not_repeat_what_augmentation_drew(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
+    for key in (0, 1), (0, 1, 1), (0, 1, 2), (0, 2), (0, 2, 1):  # of a step's batch, and of its dropout in each process
+        train.reseed(*key)
+    assert len(set(seeds)) == 5
+
+
 def test_a_second_ctrl_c_does_not_wait(monkeypatch, capsys):
     train_step = train.train_step
 
@@ -193,7 +204,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "train_step", twice)
     assert train.main([*FLAGS, "--out=twice"]) == 130
-    assert "Stopped at once" in capsys.readouterr().err
+    assert "Stopped at once: what came after the last save is lost." in capsys.readouterr().err
     assert not Path("twice/last.pt").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -206,12 +217,13 @@ def test_a_run_says_once_how_fast_it_is_and_when_it_will_end(monkeypatch, capsys
     assert rate > 0 and left.startswith("0:0")
 
 
-def test_profile_tells_where_the_time_goes_and_writes_nothing(capsys):
-    assert train.main([*FLAGS, "--out=profiled", "--profile=3"]) == 0
+def test_profile_tells_where_the_time_goes_and_writes_nothing(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path(whole).iterdir()}
+    assert train.main([*FLAGS, f"--out={whole}", "--profile=3"]) == 0
     out = capsys.readouterr().out
     assert "images/s in 3 steps of 8" in out and "3 epochs of 24 images would take 0:00:0" in out
     parts = {line[2:26].strip(): float(line.split()[-3]) for line in out.splitlines() if line.endswith("%")}
     names = ["waiting for images", "transfer", "augmentation", "forward", "backward", "optimizer", "the rest"]
     assert list(parts) == [*names, "in all"] and all(parts[name] > 0 for name in ("forward", "backward"))
     assert sum(parts[name] for name in names) == pytest.approx(parts["in all"], abs=0.5)
-    assert not Path("profiled").exists()
+    assert {path: path.stat().st_mtime_ns for path in Path(whole).iterdir()} == before

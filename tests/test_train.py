@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,7 @@ def bad(capsys, *flags):
         ("--workers 2", ["--workers is for --dataset imagenet"]),
         ("--skip-damaged", ["--skip-damaged is for --dataset imagenet"]),
         ("--patch-size 5", ["multiple of patch_size = 5", "32"]),
+        ("--dataset imagenet --eval-size 50", ["--eval-size must be a multiple of --patch-size 16, not 50"]),
         ("--head-dim 2 --pe spherical", ["head_dim must be at least 3"]),
         ("--epochs 0", ["--epochs", "an integer from 1 up, not 0"]),
         ("--epochs 1.5", ["--epochs", "an integer from 1 up"]),
@@ -318,13 +320,26 @@ def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch)
     assert "On this CPU 3 epochs will take about" in out and "--dataset bearing" in out
 
 
-def test_a_full_disk_and_a_full_gpu_are_told(capsys, monkeypatch):
-    for error, says in (
-        (OSError(28, "No space left"), "No space left"),
-        (torch.OutOfMemoryError(), "--micro-batch 8"),
-    ):
-        monkeypatch.setattr(train, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
-        assert says in bad(capsys, "--out", "a")
+@pytest.mark.parametrize("micro_batch, says", [(16, "--micro-batch 8"), (1, "a smaller model")])
+def test_a_full_gpu_is_told(micro_batch, says, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert says in bad(capsys, "--out", "a", "--micro-batch", micro_batch)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(capsys, monkeypatch):
+    interrupted(monkeypatch, 5, "--out", "a")
+    capsys.readouterr()
+    before = Path("a/last.pt").read_bytes()
+
+    @contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(train, "replacing", full)
+    line = bad(capsys, "--out", "a", "--resume")
+    assert "No space left on device" in line and "--resume" in line
+    assert Path("a/last.pt").read_bytes() == before
 
 
 def test_an_out_that_cannot_be_written(capsys):
