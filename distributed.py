@@ -101,6 +101,7 @@ class Stop:
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.handler)
+        self.reason = None  # whose traceback holds all that the run held, worker processes too
 
     def interrupt(self, *_):
         if self.reason and WORLD_SIZE == 1:  # a second Ctrl-C will not wait (several processes are torchrun's to end)

@@ -35,9 +35,9 @@ def folder(tmp_path_factory):
     os.chdir(before)
 
 
-def torchrun(*flags, at_step=None, on_rank_1="pass"):
-    """Two processes of train.py; -> the finished one. on_rank_1 is run there before a step."""
-    Path("script.py").write_text(
+def torchrun(script, *flags, at_step=None, on_rank_1="pass"):
+    """Start two processes of train.py. on_rank_1 is run there before a step."""
+    Path(script).write_text(
         "import os, signal, sys, train\n"
         "train_step = train.train_step\n"
         "def step(*args):\n"
@@ -47,9 +47,15 @@ def torchrun(*flags, at_step=None, on_rank_1="pass"):
         "train.train_step = step\n"
         "sys.exit(train.main())\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def end(process):
+    """-> exit code, lines of output, of errors."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out.splitlines(), err.splitlines()
 
 
 def assert_same_run(a, b):
@@ -72,12 +78,28 @@ def whole():
 
 
 @pytest.fixture(scope="module")
-def stopped():
+def started():
+    """Runs of two processes, all at once, because most of what they take is to begin."""
+    shutil.copytree("in", "broken")
+    for path in Path("broken/train/a").glob("*"):
+        path.write_bytes(b"no image")
+    shutil.copytree("in/train/a", "broken/train/aa")  # so that some batches are whole
+    shutil.copytree("in/val/a", "broken/val/aa")
+    hit = "os.kill(os.getpid(), signal.{})".format
+    return {
+        "stopped": torchrun("stopped.py", *FLAGS, "--out=stopped", at_step=4, on_rank_1=hit("SIGINT")),
+        "killed": torchrun("killed.py", *FLAGS, "--out=killed", "--epochs=1000", at_step=4, on_rank_1=hit("SIGKILL")),
+        "damaged": torchrun("damaged.py", *FLAGS, "--out=damaged", "--data-dir=broken"),
+    }
+
+
+@pytest.fixture(scope="module")
+def stopped(started):
     """What two processes come to until Ctrl-C reaches one of them in its 5th step."""
-    done = torchrun(*FLAGS, "--out=stopped", at_step=4, on_rank_1="os.kill(os.getpid(), signal.SIGINT)")
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Stopped"))
+    code, _, err = end(started["stopped"])
+    (line,) = (line for line in err if line.startswith("Stopped"))
     assert "after step 5. To go on: torchrun --nproc_per_node=2 " in line and line.endswith(" --resume")
-    assert done.returncode != 0 and weights("stopped")["step"] == 5
+    assert code != 0 and weights("stopped")["step"] == 5
     return "stopped"
 
 
@@ -85,40 +107,31 @@ def test_two_processes_stop_together_and_one_goes_on_to_the_same_end(whole, stop
     shutil.copytree(stopped, "one")
     assert train.main([*FLAGS, "--out=one", "--resume"]) == 0
     assert_same_run(whole, "one")
+    one, both = (json.loads(Path(f"{out}/result.json").read_text())["device"] for out in ("whole", "one"))
+    assert both.startswith("2 x cpu") and both.endswith(f", then {one}")
 
 
 def test_two_processes_go_on_to_the_same_end_in_small_parts(whole, stopped):
     shutil.copytree(stopped, "two")
-    done = torchrun(*FLAGS, "--out=two", "--resume", "--micro-batch=2")
-    assert done.returncode == 0, done.stderr
+    code, out, err = end(torchrun("two.py", *FLAGS, "--out=two", "--resume", "--micro-batch=2"))
+    assert code == 0, err
     assert_same_run(whole, "two")
-    lines = done.stdout.splitlines()  # of one process
-    assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["2", "3"]
-    assert sum("test accuracy after 3 epochs" in line for line in lines) == 1
+    assert [line.split()[1] for line in out if line.startswith("epoch")] == ["2", "3"]  # of one process
+    assert sum("test accuracy after 3 epochs" in line for line in out) == 1
     assert json.loads(Path("two/result.json").read_text())["device"].startswith("2 x cpu")
-    made = [json.loads(Path(f"{out}/result.json").read_text())["device"] for out in ("whole", "one")]
-    assert made[1].startswith("2 x cpu") and made[1].endswith(f", then {made[0]}")
 
 
-def test_a_damaged_image_on_one_process_stops_both_and_all_is_saved():
-    shutil.copytree("in", "broken")
-    for path in Path("broken/train/a").glob("*"):
-        path.write_bytes(b"no image")
-    shutil.copytree("in/train/a", "broken/train/aa")  # so that some batches are whole
-    shutil.copytree("in/val/a", "broken/val/aa")
-    done = torchrun(*FLAGS, "--out=broken-run", "--data-dir=broken")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_a_damaged_image_on_one_process_stops_both_and_all_is_saved(started):
+    code, _, err = end(started["damaged"])
+    errors = [line for line in err if line.startswith("error: ")]
     assert 1 <= len(errors) <= 2 and all("cannot read broken/train/a/" in e and "--resume" in e for e in errors)
-    assert done.returncode != 0 and Path("broken-run/last.pt").exists()
-    assert not Path("broken-run/result.json").exists()
+    assert code != 0 and Path("damaged/last.pt").exists() and not Path("damaged/result.json").exists()
 
 
-def test_a_killed_process_ends_the_other():
-    done = torchrun(
-        *FLAGS, "--out=killed", "--epochs=1000", at_step=4, on_rank_1="os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
-    assert "by peer" not in done.stderr  # what the other one has to say of it is of no use
+def test_a_killed_process_ends_the_other(started):
+    code, _, err = end(started["killed"])
+    assert code != 0 and any("Signal 9 (SIGKILL)" in line for line in err)
+    assert not any("by peer" in line for line in err)  # what the other one has to say of it is of no use
     assert not Path("killed/result.json").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
@@ -88,9 +89,21 @@ def test_no_run_is_begun_that_would_not_end_in_time(calls, monkeypatch):
 
 def test_at_the_deadline_a_run_is_saved_and_goes_on_later(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+    class Process(subprocess.Popen):
+        """Its deadline comes after the first epoch."""
+
+        def wait(self, timeout=None):
+            while timeout is not None and self.poll() is None:
+                time.sleep(0.05)
+                if Path("run/log.csv").exists():
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     command = ["train.py", *(f"--{k}={v}" for k, v in (TINY | {"epochs": 1000}).items()), "--out=run"]
     with pytest.raises(Stopped, match="time is over") as stopped:
-        experiments.call(command, time.monotonic() + 12)
+        experiments.call(command, time.monotonic() + 60)
     assert stopped.value.code == 0 and Path("run/last.pt").exists() and not Path("run/result.json").exists()
     with pytest.raises(Stopped, match=r"train\.py .* failed") as stopped:  # a run that fails ends all
         experiments.call(command, math.inf)
