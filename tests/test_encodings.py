@@ -352,17 +352,20 @@ def test_a_wrong_argument_is_told_what_would_be_right(wrong, says):
         wrong()
 
 
-@pytest.mark.parametrize("cls", [AxialRoPE, MixedRoPE, SphericalRoPE, LieRE, ComRoPE])
-def test_a_file_copied_alone_works_and_shows_its_property(cls, tmp_path):
-    file, cls = f"{cls.__module__}.py", cls.__name__
-    shutil.copy(ROOT / file, tmp_path)
-    use = (
-        f"import torch; from {file[:-3]} import {cls}; q = torch.randn(2, 4, 9, 64); pos = torch.randn(9, 2)\n"
-        f"a, b = {cls}(head_dim=64, num_heads=4)(q, q, pos); assert torch.equal(a, b) and a.shape == q.shape\n"
-        f"import runpy; runpy.run_path('{file}', run_name='__main__')"
-    )
+def test_a_file_copied_alone_works_and_shows_its_property(tmp_path):
+    use = "import runpy, torch\nq, pos = torch.randn(2, 4, 9, 64), torch.randn(9, 2)\n"
+    for cls in AxialRoPE, MixedRoPE, SphericalRoPE, LieRE, ComRoPE:
+        folder = tmp_path / f"{cls.__module__}-alone"  # nothing that could be imported
+        folder.mkdir()
+        shutil.copy(ROOT / f"{cls.__module__}.py", folder)
+        use += (
+            f"file = runpy.run_path('{folder}/{cls.__module__}.py', run_name='__main__')\n"
+            f"a, b = file['{cls.__name__}'](head_dim=64, num_heads=4)(q, q, pos)\n"
+            "assert torch.equal(a, b) and a.shape == q.shape\nprint('---')\n"
+        )
     run = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "orthogonal" in run.stdout and "equivariant" in run.stdout
+    shown = run.stdout.split("---\n")[:-1]
+    assert len(shown) == 5 and all("orthogonal" in text and "equivariant" in text for text in shown)
 
 
 def test_repr_tells_what_it_is():
