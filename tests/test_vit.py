@@ -199,7 +199,7 @@ def test_options_reach_the_encoding():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pe", ["ape", "spherical", "comrope-ld"])
+@pytest.mark.parametrize("pe", ["ape", "spherical"])
 def test_compiles_into_one_graph_for_any_image(pe):
     model = small(pe, depth=1)
     torch._dynamo.reset()
