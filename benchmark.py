@@ -12,6 +12,8 @@
     head-dim       the same at 32, 64 and 128 channels a head
     exponential    LieRE and ComRoPE against the same with torch.matrix_exp for each token, forward and backward
     recipe         a batch's augmentation against its training step, and LAMB against fused AdamW
+    decoding       reading photographs (--photos DIR) at 224 pixels as imagenet.py does, against Pillow's open, convert
+                   and resize of the whole image
 
 All are ratios: of a ViT to one without an encoding (none beside none shows how exact that is), of an encoding alone to
 scaled_dot_product_attention of the same q, k, v. What is compared takes turns, so that a machine's moods hit both
@@ -35,8 +37,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import comrope
@@ -44,6 +48,7 @@ import liere
 from augment import mix, three_augment
 from common import Parser, autocast, environment, failed, number, usable_device, write_json
 from comrope import ComRoPE
+from imagenet import SUFFIXES, load
 from lamb import LAMB
 from liere import LieRE
 from vit import ENCODINGS, ViT
@@ -103,6 +108,7 @@ def parse_args(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
+    add("--photos", type=Path, metavar="DIR", help="decoding: a folder of images, at any depth")
     add("--json", type=Path, metavar="FILE", help="write each row into FILE as soon as it is measured")
     args = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
@@ -115,6 +121,8 @@ def parse_args(argv):
     if args.json and not args.json.parent.is_dir():
         parser.error(f"there is no folder {args.json.parent}: make it, or choose another --json")
     args.parts = args.parts or list(PARTS)[:6]
+    if "decoding" in args.parts and not (args.photos and images_below(args.photos)):
+        parser.error("decoding needs photographs: name a folder that has some with --photos")
     return args
 
 
@@ -195,6 +203,27 @@ def recipe(args):
 
     row = {"what": "LAMB", "pe": "axial", "base": "fused AdamW"}
     yield row | compare(update(LAMB), update(torch.optim.AdamW, fused=True), args)
+
+
+def decoding(args):
+    paths = images_below(args.photos)
+
+    def plain():
+        for path in paths:
+            with Image.open(path) as image:
+                np.asarray(image.convert("RGB").resize((224, 224), Image.BICUBIC))
+
+    def ours(random):
+        for path in paths:
+            load(path, 224, random)
+
+    row = {"pe": "-", "base": "Pillow", "images": len(paths)}
+    yield {"what": "random crop"} | row | compare(lambda: ours(np.random.default_rng(0)), plain, args)
+    yield {"what": "centre crop"} | row | compare(lambda: ours(None), plain, args)
+
+
+def images_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 # What is measured.
@@ -345,6 +374,7 @@ PARTS = {
     "head-dim": partial(forward_and_backward, head_dims=HEAD_DIMS),
     "exponential": exponential,
     "recipe": recipe,
+    "decoding": decoding,
 }
 
 

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import make_imagenet
 from torch import nn
 
 import benchmark
 from benchmark import compare, make_vit, parse_args, peak_memory
 from vit import ENCODINGS
 
+ENCODING_PARTS = [part for part in benchmark.PARTS if part != "decoding"]
 TINY = ["--device=cpu", "--depth=1", "--heads=1", "--head-dim=16", "--img-size=16", "--batch-size=2", "--repeats=2"]
 
 
@@ -30,10 +32,10 @@ def keys(rows):
 
 
 def test_every_part_has_its_rows_on_file_and_on_the_screen(capsys):
-    found = measured(*benchmark.PARTS, "--pe", "none", "spherical", "comrope-ap")
+    found = measured(*ENCODING_PARTS, "--pe", "none", "spherical", "comrope-ap")
     assert found.keys() == {"device", "torch", "commit", "command", "settings", "rows"}
     assert found["settings"]["head_dim"] == 16 and "json" not in found["settings"]
-    parts = {name: [row for row in found["rows"] if row["part"] == name] for name in benchmark.PARTS}
+    parts = {name: [row for row in found["rows"] if row["part"] == name] for name in ENCODING_PARTS}
     all_three, two = ("none", "spherical", "comrope-ap"), ("spherical", "comrope-ap")
     both = [("encoding, forward and backward", pe, "attention") for pe in two]
     assert {name: keys(rows) for name, rows in parts.items()} == {
@@ -63,6 +65,13 @@ def test_every_part_has_its_rows_on_file_and_on_the_screen(capsys):
         assert (
             line.startswith(row["what"]) and f" {row['pe']} " in line and f"{row['ratio']:.3f} of {row['base']}" in line
         )
+
+
+def test_decoding_is_compared_with_plain_pillow():
+    make_imagenet("photos", n=2)
+    first, second = measured("decoding", "--photos=photos")["rows"]
+    assert (first["what"], second["what"]) == ("random crop", "centre crop")
+    assert first["images"] == 12 and first["base"] == "Pillow" and first["ratio"] > 0
 
 
 def test_without_parts_it_prices_the_encodings_and_by_default_all_of_them():
