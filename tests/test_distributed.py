@@ -200,11 +200,14 @@ def test_dropout_differs_from_process_to_process(monkeypatch):
 
 
 def test_dropout_does_not_repeat_what_augmentation_drew(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed))
-    for key in (0, 1), (0, 1, 1), (0, 1, 2), (0, 2), (0, 2, 1):  # of a step's batch, and of its dropout in each process
-        train.reseed(*key)
-    assert len(set(seeds)) == 5
+    args = train.parse_args([*TINY, "--out=none"])
+    model, data, optimizer, state = train.set_up(args)
+    batches, seeds = train.train_batches(args, data, state), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for rank in 0, 1:
+        monkeypatch.setattr(train, "RANK", rank)
+        train.train_step(args, model, next(batches), optimizer, state, 4)
+    assert len(seeds) == len(set(seeds)) == 4  # of two steps' batches, and of their dropout
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch, capsys):

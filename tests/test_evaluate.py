@@ -151,3 +151,9 @@ def test_what_cannot_be_evaluated_is_told_in_a_line(capsys):
     assert "--shift" in bad(capsys, run, "--shift", "far")
     Path(run, "last.pt").write_bytes(b"PK")
     assert "is damaged" in bad(capsys, run)
+
+
+def test_it_is_for_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
+    assert evaluate.main(["run"]) == 2
+    assert capsys.readouterr().err == "error: evaluate.py is for one process: start it with python, not with torchrun\n"
