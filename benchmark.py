@@ -183,7 +183,7 @@ def encode_by_matrix_exp(layer):
         A, rotate = torch.einsum("tm,hmkij->htkij", pos, U - U.mT), liere.rotate
     else:
         P = rope.blocks
-        A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.theta, P - P.mT), comrope.rotate
+        A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.factors(pos.dtype), P - P.mT), comrope.rotate
     R = torch.matrix_exp(A.contiguous())
     return rotate(layer.q, R), rotate(layer.k, R)
 

@@ -5,7 +5,7 @@ A token at position p turns each block of b channels of its query and key by a p
     R(p) = diag(exp(c_1 B_1), ..., exp(c_K B_K))      B_j = P_j - P_j^T, P_j learned for each head
 
     ld    linearly dependent: c_j = theta_1j p_1 + ... + theta_Mj p_M, theta learned and shared by the heads
-    ap    axial partition: theta_mj is 1 if block j belongs to axis m, m = j mod M, and else 0
+    ap    axial partition: the blocks belong to the M axes in turn; theta_mj is 1 for block j's axis m, and else 0
 
     orthogonal     R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
     equivariant    R(p)^T R(q) = R(q - p): all that meets in a block commutes
@@ -39,17 +39,17 @@ class ComRoPE(nn.Module):
         K, b = head_dim // block_size, block_size
         if kind == "ap" and pos_dim > K:
             raise ValueError(f"head_dim must be at least pos_dim * block_size = {pos_dim * b} for 'ap', got {head_dim}")
-        self.head_dim, self.num_heads, self.kind, self.block_size = head_dim, num_heads, kind, b
+        self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
+        self.kind, self.block_size = kind, b
         self.blocks = nn.Parameter(torch.randn(num_heads, K, b, b) / (2 * math.pi))
         if kind == "ld":
             self.theta = nn.Parameter(torch.randn(pos_dim, K))
-        else:
-            self.register_buffer("theta", torch.eye(pos_dim).repeat(1, K)[:, :K], persistent=False)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            raise ValueError(f"q must be (B, {self.num_heads}, T, {self.head_dim}), got {tuple(q.shape)}")
+        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
         R = self.block_rotations(pos, torch.promote_types(q.dtype, torch.float32))
         return rotate(q, R), rotate(k, R)
 
@@ -64,59 +64,56 @@ class ComRoPE(nn.Module):
 
     def block_rotations(self, pos, dtype):
         """pos (..., T, M) -> the blocks of R, (..., H, T, K, b, b)."""
-        if pos.shape[-1] != len(self.theta):
-            raise ValueError(f"pos must be (..., T, {len(self.theta)}), got {tuple(pos.shape)}")
-        P, theta = self.blocks.to(dtype), self.theta.to(dtype)
+        if pos.shape[-1] != self.pos_dim:
+            raise ValueError(f"pos must be (..., T, {self.pos_dim}), got {tuple(pos.shape)}")
+        P, theta = self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT
         with torch.autocast(pos.device.type, enabled=False):
             if torch.compiler.is_compiling() or pos.requires_grad:
                 return skew_exp(torch.einsum("...tm,mk,hkij->...htkij", pos.to(dtype), theta, B))
-            x, index = distinct(pos[..., None])
-            E = skew_exp(torch.einsum("nl,mk,hkij->mhnkij", x.to(dtype), theta, B))
+            x, index = pos.abs().unique(return_inverse=True)
+            index = index + len(x) * (pos < 0)
+            E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", x.to(dtype), theta, B))
             E = torch.cat([E, E.mT], dim=2)
             R, *others = (E_m.index_select(1, i.flatten()) for E_m, i in zip(E, index.unbind(-1), strict=True))
             for other in others:
                 R = R @ other
             return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
 
+    def factors(self, dtype):
+        """theta (M, K) of either kind."""
+        if self.kind == "ld":
+            return self.theta.to(dtype)
+        K = self.blocks.shape[1]
+        return torch.eye(self.pos_dim, dtype=dtype, device=self.blocks.device).repeat(1, K)[:, :K]
+
     def extra_repr(self):
         options = f"kind={self.kind!r}, block_size={self.block_size}"
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
-
-
-def distinct(pos):
-    """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n]."""
-    sign = pos.sign()
-    sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # of the first coordinate that is not 0
-    key = 0
-    for coordinate in (pos * sign).unbind(-1):
-        values, index = coordinate.unique(return_inverse=True)
-        key = key * len(values) + index
-    values, index = key.unique(return_inverse=True)
-    p = pos.new_empty(len(values), pos.shape[-1])
-    p[index] = pos * sign
-    return p, index + len(p) * (sign < 0).squeeze(-1)
 
 
 def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms up to the largest. Squared, a spectral norm is at most
-    A^2's Frobenius norm / sqrt(2), as eigenvalues come in pairs. To read that off makes the host wait for a GPU: a
-    compiled graph allows for norms up to 400 instead. (Float32 has to be that: TF32 products would make R less exact.)
+    loses nothing of a small X, so that one s serves all norms up to the largest. A spectral norm n of A has n^2 at most
+    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs, +-in. To read it off makes the host wait for a
+    GPU: a compiled graph allows for n up to 3200 instead, and gives NaN beyond, where R would not be a rotation any
+    more. (Products in TF32 instead of float32 would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A
     A3 = A2 @ A
+    norm = (A2.detach().norm(dim=(-2, -1)).max() / math.sqrt(2)).sqrt()
     compiling = torch.compiler.is_compiling()
-    norm = 400 if compiling else math.sqrt(A2.detach().norm(dim=(-2, -1)).max().item() / math.sqrt(2))
-    s = max(0, math.frexp(norm / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    most = 3200 if compiling else norm.item()
+    s = max(0, math.frexp(most / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
-    return X + eye
+    R = X + eye
+    return R.where(norm <= most, math.nan) if compiling else R
 
 
 def rotate(z, R):

@@ -166,7 +166,7 @@ def frequencies(rope):
     """
     if isinstance(rope, ComRoPE):
         w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w
-        return torch.einsum("mk,hkl->hmkl", rope.theta, w).flatten(2)
+        return torch.einsum("mk,hkl->hmkl", rope.factors(w.dtype), w).flatten(2)
     if isinstance(rope, AxialRoPE):  # half of the pairs know x, the others y
         return torch.stack([torch.block_diag(*w) for w in rope.freqs[:, :, None].unbind()])
     return rope.freqs.clone() if hasattr(rope, "freqs") else None

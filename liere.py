@@ -39,8 +39,9 @@ class LieRE(nn.Module):
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            raise ValueError(f"q must be (B, {self.num_heads}, T, {self.head_dim}), got {tuple(q.shape)}")
+        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
         R = self.block_rotations(pos, torch.promote_types(q.dtype, torch.float32))
         return rotate(q, R), rotate(k, R)
 
@@ -89,21 +90,24 @@ def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms up to the largest. Squared, a spectral norm is at most
-    A^2's Frobenius norm / sqrt(2), as eigenvalues come in pairs. To read that off makes the host wait for a GPU: a
-    compiled graph allows for norms up to 400 instead. (Float32 has to be that: TF32 products would make R less exact.)
+    loses nothing of a small X, so that one s serves all norms up to the largest. A spectral norm n of A has n^2 at most
+    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs, +-in. To read it off makes the host wait for a
+    GPU: a compiled graph allows for n up to 3200 instead, and gives NaN beyond, where R would not be a rotation any
+    more. (Products in TF32 instead of float32 would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A
     A3 = A2 @ A
+    norm = (A2.detach().norm(dim=(-2, -1)).max() / math.sqrt(2)).sqrt()
     compiling = torch.compiler.is_compiling()
-    norm = 400 if compiling else math.sqrt(A2.detach().norm(dim=(-2, -1)).max().item() / math.sqrt(2))
-    s = max(0, math.frexp(norm / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    most = 3200 if compiling else norm.item()
+    s = max(0, math.frexp(most / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
-    return X + eye
+    R = X + eye
+    return R.where(norm <= most, math.nan) if compiling else R
 
 
 def rotate(z, R):

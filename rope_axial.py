@@ -13,7 +13,7 @@ A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What
 The last line is proposition 3 of van de Geijn et al. 2025 (arXiv 2511.08368). All of it holds for M axes as for two.
 Frequencies w are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = theta^(-2d / D), one ladder shared by all heads and axes (their section 2.4)
+    fixed      w_d = theta^(-2 (d - 1) / D), D = head_dim: one ladder shared by all heads and axes (their section 2.4)
     uniform    w_d = 1: one turn across the training image
     learned    one for each head, axis and pair, drawn from U[0, 1)
 
@@ -34,18 +34,18 @@ class AxialRoPE(nn.Module):
             raise ValueError(f"head_dim must be at least 2 * pos_dim = {2 * pos_dim}, got {head_dim}")
         if learned and uniform:
             raise ValueError("uniform frequencies are fixed: choose learned=True or uniform=True, not both")
-        self.head_dim, self.num_heads = head_dim, num_heads
-        self.learned, self.uniform = learned, uniform
+        self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
+        self.learned, self.uniform, self.theta = learned, uniform, 1.0 if uniform else theta
         if learned:
             self.freqs = nn.Parameter(torch.rand(num_heads, pos_dim, n))
         else:
-            w = torch.ones(n) if uniform else theta ** (-2 * torch.arange(n) / head_dim)
-            self.register_buffer("freqs", w.repeat(1, pos_dim, 1), persistent=False)
+            self.register_buffer("freqs", self.ladder(), persistent=False)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            raise ValueError(f"q must be (B, {self.num_heads}, T, {self.head_dim}), got {tuple(q.shape)}")
+        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
         cos, sin = angle.cos(), angle.sin()
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -62,11 +62,15 @@ class AxialRoPE(nn.Module):
             raise ValueError(f"pos must be (..., T, {self.freqs.shape[1]}), got {tuple(pos.shape)}")
         return (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).flatten(-2)
 
+    def ladder(self, device=None):
+        """The fixed frequencies (1, M, n)."""
+        d = torch.arange(self.head_dim // (2 * self.pos_dim), dtype=torch.float32, device=device)
+        return (self.theta ** (-2 * d / self.head_dim)).repeat(1, self.pos_dim, 1)
+
     def _apply(self, fn, recurse=True):
-        exact = self.freqs
         super()._apply(fn, recurse)
-        if not self.learned and not exact.is_meta:  # .bfloat16() and the like must not round fixed frequencies
-            self.freqs = exact.to(self.freqs.device)
+        if not self.learned:  # .bfloat16() must not round what is fixed, nor a stay on the meta device lose it
+            self.freqs = self.ladder(self.freqs.device)
         return self
 
     def extra_repr(self):
@@ -77,7 +81,9 @@ def rotate(z, cos, sin):
     """Turn the pairs (z_i, z_{P+i}) of z (..., D) by angles whose cos and sin are (..., P)."""
     P = cos.shape[-1]
     a, b, rest = z.split([P, P, z.shape[-1] - 2 * P], dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1).type_as(z)
+    a, b = a * cos - b * sin, a * sin + b * cos
+    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+        return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
 
 
 if __name__ == "__main__":

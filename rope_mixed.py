@@ -12,7 +12,7 @@ It is all that equivariance allows: any exponentials that are equivariant are Mi
 et al. 2025, proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies are learned for
 each head, in radians per unit of position, on a grid that spans [-pi, pi]. They begin as
 
-    heo        orthogonal directions turned at random, half of the pairs along each, by 10^(-4d / D) a patch
+    heo        orthogonal directions turned at random, half of the pairs along each, theta^(-4 (d - 1) / D) a patch
     uniform    U[0, 1) for each axis and pair, as in van de Geijn et al.
 
 Channel order: the first coordinates of all pairs, the second ones, then what no pair needs, which passes unrotated.
@@ -51,8 +51,9 @@ class MixedRoPE(nn.Module):
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            raise ValueError(f"q must be (B, {self.num_heads}, T, {self.head_dim}), got {tuple(q.shape)}")
+        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
         cos, sin = angle.cos(), angle.sin()
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -77,7 +78,9 @@ def rotate(z, cos, sin):
     """Turn the pairs (z_i, z_{n+i}) of z (..., D) by angles whose cos and sin are (..., n)."""
     n = cos.shape[-1]
     a, b, rest = z.split([n, n, z.shape[-1] - 2 * n], dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1).type_as(z)
+    a, b = a * cos - b * sin, a * sin + b * cos
+    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+        return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
 
 
 if __name__ == "__main__":

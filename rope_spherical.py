@@ -12,12 +12,13 @@ by a roll that grows with y, then by a yaw that grows with x:
 Roll and yaw share the coordinate b, so their order matters. That is the point: RoPE in the plane without equivariance.
 
     orthogonal         R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
-    not equivariant    R(p)^T R(q) is not R(q - p): a shift of all positions changes the scores (but for w = 0 or v = 0)
+    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) knows more of y than y_q - y_p: scores
+                       survive a shift of all positions along x, and change with one along y (but for w = 0 or v = 0)
     oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
 
 Frequencies w, v are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = v_d = theta^(-2d / D), one ladder shared by all heads
+    fixed      w_d = v_d = theta^(-2 (d - 1) / D), D = head_dim: one ladder shared by all heads
     learned    one for each head, axis and triplet, drawn from U[0, 1)
 
 Channel order: all a, all b, all c, then the one or two that no triplet needs, which pass unrotated: a head of 64 has 21
@@ -37,17 +38,17 @@ class SphericalRoPE(nn.Module):
         n = head_dim // 3  # triplets
         if n < 1:
             raise ValueError(f"head_dim must be at least 3, got {head_dim}")
-        self.head_dim, self.num_heads, self.learned = head_dim, num_heads, learned
+        self.head_dim, self.num_heads, self.learned, self.theta = head_dim, num_heads, learned, theta
         if learned:
             self.freqs = nn.Parameter(torch.rand(num_heads, 2, n))
         else:
-            w = theta ** (-2 * torch.arange(n) / head_dim)
-            self.register_buffer("freqs", w.repeat(1, 2, 1), persistent=False)
+            self.register_buffer("freqs", self.ladder(), persistent=False)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shape and dtype."""
-        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            raise ValueError(f"q must be (B, {self.num_heads}, T, {self.head_dim}), got {tuple(q.shape)}")
+        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
         cos, sin = angle.cos(), angle.sin()
         return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -64,11 +65,15 @@ class SphericalRoPE(nn.Module):
             raise ValueError(f"pos must be (..., T, 2), got {tuple(pos.shape)}")
         return pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]
 
+    def ladder(self, device=None):
+        """The fixed frequencies (1, 2, n)."""
+        d = torch.arange(self.head_dim // 3, dtype=torch.float32, device=device)
+        return (self.theta ** (-2 * d / self.head_dim)).repeat(1, 2, 1)
+
     def _apply(self, fn, recurse=True):
-        exact = self.freqs
         super()._apply(fn, recurse)
-        if not self.learned and not exact.is_meta:  # .bfloat16() and the like must not round fixed frequencies
-            self.freqs = exact.to(self.freqs.device)
+        if not self.learned:  # .bfloat16() must not round what is fixed, nor a stay on the meta device lose it
+            self.freqs = self.ladder(self.freqs.device)
         return self
 
     def extra_repr(self):
@@ -82,7 +87,8 @@ def rotate(z, cos, sin):
     (cos_u, cos_t), (sin_u, sin_t) = cos.unbind(-2), sin.unbind(-2)
     b, c = b * cos_t - c * sin_t, b * sin_t + c * cos_t  # roll
     a, b = a * cos_u - b * sin_u, a * sin_u + b * cos_u  # yaw
-    return torch.cat([a, b, c, rest], dim=-1).type_as(z)
+    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+        return torch.cat([a.type_as(z), b.type_as(z), c.type_as(z), rest], dim=-1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The papers' theory, each statement as numbers that can be followed: what commuting buys, and what giving it up costs.
 
-Written to be read beside van de Geijn et al. 2025 ("the paper") and ../README.md. Everything is in float64, and every
-exponential is torch.matrix_exp, not the encodings' own.
+Written to be read beside van de Geijn et al. 2025 ("the paper") and ../README.md. Everything is in float64. (That the
+encodings' own exponential is right is tested in test_encodings.py.)
 """
 
 import pytest
@@ -63,7 +63,7 @@ def test_a_pair_of_channels_turned_by_an_angle_is_the_exponential_of_that_angle(
 
 
 def generators(rope):
-    """A_x, A_y (H, D, D) of any encoding that is an exponential: the derivatives of R at the origin."""
+    """A_x, A_y (H, D, D) of any encoding: the derivatives of R at the origin."""
     h = 1e-5
     for e in torch.eye(2):
         yield (rope.rotation(h * e[None]) - rope.rotation(-h * e[None])).squeeze(-3) / (2 * h)
@@ -107,6 +107,15 @@ def test_generators_that_do_not_commute_break_it(make):
     q, k, pos = *torch.randn(2, 3, H, T, D), torch.randn(T, 2)
     change = scores(rope, q, k, pos + torch.tensor([2.0, -3.0])) - scores(rope, q, k, pos)
     assert change.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["spherical", "spherical-learned"])
+def test_spherical_scores_survive_a_shift_along_x_because_the_yaw_comes_last(name):
+    """R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q): of x it knows the difference only, of y more."""
+    rope = NOT_COMMUTING[name]()
+    q, k, pos = *torch.randn(2, 3, H, T, D), torch.randn(T, 2)
+    along_x, along_y = (scores(rope, q, k, pos + shift) - scores(rope, q, k, pos) for shift in 2 * torch.eye(2))
+    assert along_x.abs().max() < 1e-10 and along_y.abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -170,13 +179,11 @@ def test_proposition_1_liere_in_one_dimension_is_learned_rope_in_another_basis()
 
 
 def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_basis():
-    n = D // 2
-    Q = torch.linalg.qr(torch.randn(H, D, D)).Q
-    w = torch.randn(H, 2, n)  # frequencies that nobody knows yet, hidden behind a basis Q
-    J = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-    planes = torch.stack([torch.stack([torch.block_diag(*(a * J for a in axis)) for axis in head]) for head in w])
-    A = Q[:, None] @ planes @ Q[:, None].mT  # (H, 2, D, D): dense, skew-symmetric, and commuting
-    assert (A[:, 0] @ A[:, 1] - A[:, 1] @ A[:, 0]).abs().max() < 1e-12
+    U = torch.randn(H, D, D).triu(1)
+    A_x = U - U.mT
+    A_y = 0.5 * A_x - 0.1 * A_x @ A_x @ A_x  # all that commutes with a random A_x: its odd polynomials
+    A = torch.stack([A_x, A_y], dim=1)  # (H, 2, D, D)
+    assert (A_x @ A_y - A_y @ A_x).abs().max() < 1e-11
 
     liere, mixed = LieRE(D, H), MixedRoPE(D, H)
     set_(liere.generators[:, :, 0], A.triu(1))
@@ -184,9 +191,9 @@ def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_b
     x, pos = torch.randn(3, H, T, D), torch.randn(T, 2)
     wanted = scores(liere, x @ W_q.mT, x @ W_k.mT, pos)
 
-    order = pair_channels(n)
+    order = pair_channels(D // 2)
     for h in range(H):
-        V = rope_basis(A[h, 0] + 0.37 * A[h, 1])  # the planes of a generic combination are those of both
+        V = rope_basis(A_x[h])  # its planes are A_y's too
         set_(mixed.freqs[h], quarter_turns(V.mT @ A[h] @ V))
         basis = torch.empty(D, D)
         basis[order] = V.mT
