@@ -1,6 +1,7 @@
 """What the scripts share: the table of data sets, command lines whose errors are one line, files, accuracy."""
 
 import argparse
+import csv
 import json
 import math
 import platform
@@ -15,6 +16,7 @@ import torch
 from data import CIFAR100, Bearing, BearingCorner, replacing
 from distributed import LOCAL_WORLD_SIZE, WORLD_SIZE, defer, total
 from imagenet import ImageNet
+from vit import ViT
 
 DATASETS = {"cifar100": CIFAR100, "imagenet": ImageNet, "bearing": Bearing, "bearing-corner": BearingCorner}
 
@@ -57,10 +59,6 @@ def failed(why, code=2):
     return code
 
 
-def first_line(error):
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def add_device_flags(parser):
     """Where and how fast: what does not decide a result, or only its last digits."""
     parser.add_argument(
@@ -81,7 +79,8 @@ def usable_device(name):
             torch.cuda.set_device(device)  # which it is that is waited for, and that graphs are compiled for
         return device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+        why = str(e).partition("\n")[0] or type(e).__name__
+        raise ValueError(f"--device {name} cannot be used ({why}): try --device cpu") from e
 
 
 def environment(device):
@@ -112,14 +111,41 @@ def write_json(path, content):
         tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
+def read_json(path):
+    """What write_json wrote, a dict; {} if there is no such file."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e}): delete it, and have it made anew") from e
+
+
+def write_csv(path, rows, columns):
+    with replacing(path) as tmp, open(tmp, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_run(folder, device="cpu"):
+    """The folder of a run -> what its last.pt holds, and its model."""
+    path = folder / "last.pt"
+    if not path.exists():
+        raise ValueError(f"there is no {path}: name folders that train.py has written")
+    with reading(path, "train it again"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = ViT(**saved["vit"]).to(device)
+        model.load_state_dict(saved["model"])
+    return saved, model
+
+
 @contextmanager
 def reading(path, advice):
     """What fails in the block, fails because the checkpoint at `path` is damaged: a ValueError says so."""
     try:
         yield
-    except (OSError, torch.OutOfMemoryError):
-        raise
     except Exception as e:  # a damaged file can fail in any way
+        if isinstance(e, torch.OutOfMemoryError) or getattr(e, "filename", None):  # but these: it cannot be opened
+            raise
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {advice}") from e
 
 

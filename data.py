@@ -132,7 +132,10 @@ class Bearing(Dataset):
         return images.to(self.device), labels.to(self.device)
 
     def draw(self, n, device, generator=None, img_size=None, region=None):
-        """n new images as bytes (n, 3, S, S) and labels (n,): sector k is centred on k * 45 degrees, y downwards."""
+        """n new images as bytes (n, 3, S, S) and labels (n,): sector k is centred on k * 45 degrees, y downwards.
+
+        Of another size than in training, the squares are anywhere.
+        """
         S = img_size or self.img_size
         grid = S // self.cell
         if S % self.cell:

@@ -14,17 +14,26 @@ does not notice that all positions moved (Yu et al. 2025, figure 5). It does if 
 is left behind. What accuracy a shuffle leaves is what needs no positions (Ostmeier et al. 2024, table 5).
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import DATASETS, Parser, accuracy, add_device_flags, failed, number, reading, usable_device, write_json
+from common import (
+    DATASETS,
+    Parser,
+    accuracy,
+    add_device_flags,
+    failed,
+    number,
+    read_json,
+    read_run,
+    usable_device,
+    write_json,
+)
 from data import REGIONS, Bearing, DataError
 from distributed import WORLD_SIZE
-from vit import ViT
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
 SHIFTS = 1, 2, 4, 8, 16  # patches
@@ -72,7 +81,7 @@ def evaluate(run, args):
     model, data, about = load(run, args)
     print(f"{run}: {about}", flush=True)
     path = run / "evaluation.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(path)
     for name, found in evaluations(model, data, args):
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
@@ -81,25 +90,19 @@ def evaluate(run, args):
 
 def load(run, args):
     """The folder of a run -> its model, its data set, and a line about it."""
-    path = run / "last.pt"
-    if not path.exists():
-        raise ValueError(f"there is no {path}: name folders that train.py has written")
-    with reading(path, "train it again"):
-        saved = torch.load(path, map_location=args.device, weights_only=True)
-        model = ViT(**saved["vit"]).to(args.device)
-        model.load_state_dict(saved["model"])
-        config, epochs = saved["config"], len(saved["log"])
-        about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=epochs, **config)
-        data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"])
+    saved, model = read_run(run, args.device)
+    config, epoch = saved["config"], len(saved["log"])
+    about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=epoch, **config)
+    data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"])
     return model, data.load(), about
 
 
 def evaluations(model, data, args):
     """Yields the name of a kind of evaluation and a dict of accuracies (%)."""
 
-    def test(pos=lambda: None, change=lambda images: images, batch_size=500, **which):
+    def test(pos=lambda: None, change=lambda images: images, **which):
         torch.manual_seed(0)
-        batches = ((change(images), labels) for images, labels in data.test_batches(batch_size, **which))
+        batches = ((change(images), labels) for images, labels in data.test_batches(**which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, prefix=0):

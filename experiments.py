@@ -10,7 +10,6 @@ run that was cut short goes on where it was, and a run that another set needs to
 """
 
 import csv
-import json
 import math
 import shlex
 import signal
@@ -20,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import Parser, number
+from common import Parser, failed, number, read_json, write_csv
 from data import replacing
 from vit import ENCODINGS
 
@@ -66,15 +65,19 @@ def main(argv=None):
     if not args.sets and not args.report:
         parser.error(f"nothing to do: name a set ({', '.join(SETS)}) or add --report")
     deadline = time.monotonic() + 60 * args.minutes
+    code = 0
     try:
-        for name in args.sets:
-            run_set(name, deadline)
-    except Stopped as e:
-        print(e, file=sys.stderr)
-        return e.code
-    if args.report:
-        report()
-    return 0
+        try:
+            for name in args.sets:
+                run_set(name, deadline)
+        except Stopped as e:
+            print(e, file=sys.stderr)
+            code = e.code
+        if args.report:
+            report()
+    except (OSError, ValueError) as e:  # what a user can mend
+        return failed(e)
+    return code
 
 
 class Stopped(Exception):
@@ -99,11 +102,11 @@ def run_set(name, deadline):
         train = ["train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
         resume = ["--resume"] if (out / "last.pt").exists() else []
         call([*train, f"--out={out}", *resume], deadline)
-        result = json.loads((out / "result.json").read_text())
+        result = read_json(out / "result.json")
         row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
         if evaluation:
             call(["evaluate.py", str(out), *evaluation.split()], deadline)
-            found = json.loads((out / "evaluation.json").read_text())
+            found = read_json(out / "evaluation.json")
             row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
         row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
         row |= {key: result[key] for key in ("device", "torch", "commit")}
@@ -134,8 +137,11 @@ def read(name):
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    with open(path, newline="", errors="replace") as f:
+        rows = list(csv.DictReader(f))
+    if not all(row.get("pe") in ENCODINGS and row.get("command") for row in rows):
+        raise ValueError(f"{path} is damaged: restore it, or delete it and have its runs made anew")
+    return rows
 
 
 def append(name, row):
@@ -143,10 +149,7 @@ def append(name, row):
     longest = sorted(rows, key=len, reverse=True)  # an encoding that is told no positions lacks some columns
     columns = list(dict.fromkeys(column for row in longest for column in row))
     RESULTS.mkdir(exist_ok=True)
-    with replacing(RESULTS / f"{name}.csv") as tmp, open(tmp, "w", newline="") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(RESULTS / f"{name}.csv", rows, columns)
 
 
 def matches(row, flags):
@@ -212,10 +215,9 @@ def priced(device, what, **sizes):
     """A ratio that benchmark.py wrote into results/benchmark-<device>.json, with its quartiles if it is of times."""
 
     def cell(pe):
-        path = RESULTS / f"benchmark-{device}.json"
-        if not path.exists():
+        rows = read_json(RESULTS / f"benchmark-{device}.json").get("rows")
+        if rows is None:
             return NOT_MEASURED
-        rows = json.loads(path.read_text())["rows"]
         for row in rows:
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
@@ -286,7 +288,9 @@ def report(path=ROOT / "README.md"):
     for name in TABLES:
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{path} has no {start.strip()} with {end} behind it: put both where the table belongs")
         text = before + start + table(name) + end + after
     with replacing(path) as tmp:
         tmp.write_text(text)

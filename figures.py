@@ -9,7 +9,6 @@ Of several seeds, lines show the mean, bands go from the lowest to the highest. 
 a Figure, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368) where a figure is named.
 """
 
-import json
 import math
 import shlex
 import sys
@@ -26,14 +25,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 import experiments
-from common import Parser, failed, reading
+from common import Parser, failed, read_json, read_run
 from comrope import ComRoPE
 from data import replacing
 from liere import LieRE
 from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
-from vit import ENCODINGS, ViT
+from vit import ENCODINGS
 
 # Okabe and Ito's colours, which colour-blind eyes can tell apart.
 COLOURS = BLUE, ORANGE, RED, PURPLE, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9"
@@ -178,7 +177,7 @@ def frequencies(rope):
 def attention():
     """What a query in the centre sees: axial groups stripes along an axis, others waves in any direction (figure 1)."""
     n, ropes = 81, encodings(48)
-    figure = titled("An axial group sees along one axis; mixed, spherical and LieRE groups see obliquely", 4.2)
+    figure = titled("Groups of axial and comrope-ap see along one axis, those of all others obliquely", 4.2)
     rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
@@ -258,7 +257,7 @@ def all_frequencies():
         axes.set_title(name)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
-    about = "a dot: a group of\nchannels; a colour:\na head; black:\nall heads alike"
+    about = "a dot: a pair or triplet,\nb / 2 in a ComRoPE\nblock; a colour: a head;\nblack: all heads alike"
     panels[-1, -1].text(0, 0.5, about, va="center", color=GREY, transform=panels[-1, -1].transAxes)
     figure.supxlabel("$w_x$, radians per unit of position", fontsize=10)
     for axes in panels[:, 0]:
@@ -299,7 +298,7 @@ def equivariance():
             axes.set(title=name, xticks=[], yticks=[], xlabel=f"up to {error.max():.2g}")
         row[0].set_ylabel("equivariant" if kind else "not equivariant")
     figure.colorbar(image, ax=panels, label="|R(p)ᵀR(q) - R(q - p)|", ticks=[0, 1, 2], shrink=0.8, pad=0.01)
-    about = "p is the plus, q any place\nin a training image; white\nwhere only q - p matters"
+    about = "p is the plus, q any place\nin a training image; white:\nR(p)ᵀR(q) = R(q - p)"
     panels[1, len(kinds[False])].text(0, 0.5, about, va="center", color=GREY, in_layout=False)
     return figure
 
@@ -336,7 +335,7 @@ def bearing_corner():
 
 def read_runs(folders):
     """What is known of each run. Raises ValueError if a folder has no run, or if the runs cannot be compared."""
-    runs = sorted(map(read_run, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
+    runs = sorted(map(what_is_known, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
     flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "block_size"})
     if differ := [flag for flag in flags if len({run.config.get(flag) for run in runs}) > 1]:
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in differ)
@@ -344,22 +343,13 @@ def read_runs(folders):
     return runs
 
 
-def read_run(folder):
+def what_is_known(folder):
     """What last.pt, result.json and evaluation.json say; {} for one of the latter that is not there."""
-    path = folder / "last.pt"
-    if not path.exists():
-        raise ValueError(f"there is no {path}: name folders that train.py has written")
-    with reading(path, "train it again"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = ViT(**saved["vit"])
-        model.load_state_dict(saved["model"])
-        config, log = saved["config"], saved["log"]
-        name = config["pe"] + (f", b = {config['block_size']}" if config["block_size"] else "")
-    found = {}
-    for kind in "result", "evaluation":
-        path = folder / f"{kind}.json"
-        found[kind] = json.loads(path.read_text()) if path.exists() else {}
-    return SimpleNamespace(folder=folder, name=name, config=config, log=log, model=model, **found)
+    saved, model = read_run(folder)
+    config = saved["config"]
+    name = config["pe"] + (f", b = {config['block_size']}" if config["block_size"] else "")
+    found = {kind: read_json(folder / f"{kind}.json") for kind in ("result", "evaluation")}
+    return SimpleNamespace(folder=folder, name=name, config=config, log=saved["log"], model=model, **found)
 
 
 def by_name(runs, values):

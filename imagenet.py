@@ -102,7 +102,7 @@ class ImageNet(Dataset):
                 images, targets = mix(images, targets, self.num_classes)
             return self.normalise(images), targets
 
-    def test_batches(self, batch_size=500, img_size=None):
+    def test_batches(self, batch_size=100, img_size=None):
         """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
         for batch in self.loader(replace(self.test, S=img_size or self.img_size), self.test_jobs(batch_size)):
             images, labels = self.receive(batch)

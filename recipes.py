@@ -91,7 +91,7 @@ def parse_args(argv, description):
     add_from_recipe("--head-dim", number(int, least=1), "channels a head")
     rate = number(float, least=0, most=0.9)
     add_from_recipe("--dropout", rate, "chance to drop a channel, after embedding, attention and MLP")
-    add_from_recipe("--drop-path", rate, "stochastic depth: chance to skip the last block")
+    add_from_recipe("--drop-path", rate, "stochastic depth: chance to drop a residual branch")
     add_from_recipe("--layer-scale", number(float, least=0), "LayerScale's initial value, 0 for none")
     add_from_recipe("--patch-size", number(int, least=1), "side of a patch in pixels")
     add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")

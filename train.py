@@ -11,8 +11,6 @@ a crash, with any number of GPUs, and on a CPU to the very same weights: all tha
 generators that the seed and the step's number determine.
 """
 
-import csv
-import json
 import math
 import sys
 import time
@@ -37,8 +35,10 @@ from common import (
     device_name,
     environment,
     failed,
+    read_json,
     reading,
     usable_device,
+    write_csv,
     write_json,
 )
 from data import DataError, replacing
@@ -63,6 +63,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         return execute(args)
+    except torch.OutOfMemoryError:
+        return failed("the GPU's memory is full: try --micro-batch, or a smaller one, or a smaller model")
     except RuntimeError as e:
         if WORLD_SIZE > 1 and "by peer" in str(e):  # another process is gone, and has said why
             return 1
@@ -90,9 +92,6 @@ def execute(args):
         code = failed(f"{e}; then go on with --resume")
     except Diverged as e:
         return failed(e, 1)
-    except torch.OutOfMemoryError:
-        half = (args.micro_batch or data.share) // 2
-        return failed(f"the GPU's memory is full: try {f'--micro-batch {half}' if half else 'a smaller model'}")
     except OSError as e:  # a full disk, most likely
         return failed(f"{e}: mend that, and go on with --resume")
     leave()
@@ -216,8 +215,8 @@ def estimate(args, model, data, epochs):
 def train(args, model, data, optimizer, state):
     """Train from `state` to the end, and write the result. Raises Stopped or DataError where a stop came first."""
     parameters = sum(p.numel() for p in model.parameters())
-    made_on = device_name(args.device)
-    print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {made_on}, to {args.out}/")
+    size = f"{parameters / 1e6:.2f} M parameters"
+    print(f"{args.pe} on {args.dataset}: {size} on {device_name(args.device)}, to {args.out}/")
     images = args.epochs * steps_per_epoch(args, data) * args.batch_size
     done = state["step"] * args.batch_size
     with tqdm(total=images, initial=done, unit="img", unit_scale=True, disable=RANK > 0 or None) as bar, Stop() as stop:
@@ -245,9 +244,7 @@ def train(args, model, data, optimizer, state):
         write_json(result_path, result | state["made"])
     print(
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
-        "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(
-            **json.loads(result_path.read_text())
-        )
+        "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**read_json(result_path))
     )
     if damaged:
         print(f"{damaged} damaged images were left out")
@@ -352,8 +349,8 @@ def learning_rate(args, step, steps):
 def finish_epoch(args, model, data, optimizer, state, stop):
     """Test, and put a row into the log."""
     start = time.perf_counter()
-    loss, hits = epoch_means(args, state)  # waits for the GPU, which belongs to the training's time
-    waited = time.perf_counter() - start
+    loss, hits = epoch_means(args, state)
+    state["seconds"] += time.perf_counter() - start  # that the GPU was waited for
     test_accuracy = accuracy(bare(model), stop.before(data.test_batches(img_size=args.eval_size)), args.amp)
     stop.heed()
     row = {
@@ -362,16 +359,12 @@ def finish_epoch(args, model, data, optimizer, state, stop):
         "train_loss": round(loss, 4),
         "train_accuracy": round(100 * hits, 2),
         "test_accuracy": round(test_accuracy, 2),
-        "seconds": round(state["seconds"] + waited, 2),
+        "seconds": round(state["seconds"], 2),
     }
     state["log"].append(row)
     state["totals"].zero_()
-    state["seconds"] += waited
     if RANK == 0:
-        with replacing(args.out / "log.csv") as tmp, open(tmp, "w", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            writer.writeheader()
-            writer.writerows(state["log"])
+        write_csv(args.out / "log.csv", state["log"], row)
     return row
 
 
@@ -394,6 +387,7 @@ def save(args, model, optimizer, state):
     epoch_means(args, state)
     if RANK:
         return
+    (args.out / "evaluation.json").unlink(missing_ok=True)  # of the weights that are replaced here
     weights = {"model": bare(model).state_dict(), "optimizer": optimizer.state_dict()}
     with replacing(args.out / "last.pt") as tmp, open(tmp, "wb") as f:  # given a path, torch.save hides what went wrong
         torch.save({"config": config(args)} | weights | state, f)
@@ -408,15 +402,16 @@ def load(args, model, optimizer, state):
         raise ValueError(f"there is no {path} to go on with: leave --resume out, or name the run's folder with --out")
     with reading(path, "delete it and begin without --resume"):
         saved = torch.load(path, map_location=args.device, weights_only=True)
-        was, now = saved["config"], config(args)
-        changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
+        was, new = saved["config"], config(args)
+        changed = [f"--{k.replace('_', '-')} was {was.get(k)}, is {new[k]}" for k in new if was.get(k) != new[k]]
         if not changed:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            here = state["made"]["device"]
-            state.update((name, saved[name]) for name in state)
-            if state["made"]["device"].split(", then ")[-1] != here:
-                state["made"]["device"] += f", then {here}"
+            here = state["made"]
+            state.update((name, saved[name]) for name in state if name not in ("vit", "data"))  # these flags made them
+            for what in "device", "torch", "commit":
+                if str(state["made"][what]).split(", then ")[-1] != str(here[what]):
+                    state["made"][what] = f"{state['made'][what]}, then {here[what]}"
     if changed:
         raise ValueError(f"{path} is of another configuration: {', '.join(changed)}")
 

@@ -45,7 +45,7 @@ class ViT(nn.Module):
     img_size      side of the training images in pixels; forward takes any sides that are multiples of patch_size
     pool          "cls": the head reads the class token; "mean": the mean of all patches, and there is no class token
     dropout       after the position embedding, the attention's projection and both layers of the MLP
-    drop_path     stochastic depth: chance to drop a residual branch, from 0 in the first block to this in the last
+    drop_path     stochastic depth: chance to drop a residual branch, in every block the same, as in DeiT III
     layer_scale   initial value of LayerScale's gammas, None for no LayerScale
     """
 
@@ -90,10 +90,10 @@ class ViT(nn.Module):
                 make_rope and make_rope(head_dim, num_heads, **pe_options),
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
-                drop_path=drop_path * i / max(depth - 1, 1),
+                drop_path=drop_path,
                 layer_scale=layer_scale,
             )
-            for i in range(depth)
+            for _ in range(depth)
         )
         # timm's two names: a class token is read after the norm, a mean is normed after it is taken
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()

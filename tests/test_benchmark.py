@@ -290,3 +290,10 @@ def test_what_a_stopped_run_has_measured_is_on_file(monkeypatch):
     assert benchmark.main([*TINY, "--json=costs.json", "step"]) == 130
     (row,) = json.loads(Path("costs.json").read_text())["rows"]
     assert row["part"] == "step" and row["ratio"] == 1.235
+
+
+@pytest.mark.parametrize("pe", ["liere", "comrope-ap", "comrope-ld"])
+def test_what_is_compared_with_torchs_exponential_is_the_same(pe):
+    (layer,) = benchmark.layers(parse_args(["--device=cpu", "--pe", pe, "--batch-size=2", "--head-dim=24"]))
+    for ours, theirs in zip(layer.encode(), benchmark.encode_by_matrix_exp(layer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -112,9 +112,10 @@ def test_at_the_deadline_a_run_is_saved_and_goes_on_later(tmp_path, monkeypatch)
 
 def test_tables_show_mean_spread_and_number_of_seeds(calls, monkeypatch):
     for seed, accuracy in enumerate((70, 71, 73)):
-        experiments.append("tiny", {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "shift 1": 60})
-    experiments.append("tiny", {"pe": "axial", "seed": 0, "epochs": 400, "accuracy": 80, "shift 1": 60})
-    experiments.append("tiny", {"pe": "ape", "seed": 0, "epochs": 50, "accuracy": 50})
+        row = {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "shift 1": 60, "command": "python"}
+        experiments.append("tiny", row)
+    experiments.append("tiny", row | {"seed": 0, "epochs": 400, "accuracy": 80})
+    experiments.append("tiny", {"pe": "ape", "seed": 0, "epochs": 50, "accuracy": 50, "command": "python"})
     assert measured("tiny", epochs=50)("axial") == "71.3 ± 1.5"  # variance (16 + 1 + 25) / 9 / 2
     assert measured("tiny", epochs=400)("axial") == "80.0"
     assert measured("tiny", epochs=400)("ape") == measured("tiny")("liere") == "*not measured*"
@@ -151,6 +152,32 @@ def test_every_set_asks_for_what_the_scripts_take(capsys):
         assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_time_that_is_over_does_not_keep_the_report_from_being_written(calls, monkeypatch):
+    reports = []
+    monkeypatch.setattr(experiments, "report", lambda: reports.append(1))
+    monkeypatch.setattr(experiments, "run_set", lambda *_: (_ for _ in ()).throw(Stopped("Stopped.", 130)))
+    assert experiments.main(["tiny", "--report"]) == 130 and reports
+
+
+def test_damaged_results_and_a_readme_without_marks_are_told(calls, capsys, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in TABLES))
+    experiments.report(path)
+    whole = path.read_text()
+    path.write_text(whole.replace("<!-- /bearing -->", ""))
+    with pytest.raises(ValueError, match="has no <!-- bearing --> with <!-- /bearing --> behind it"):
+        experiments.report(path)
+    assert path.read_text() == whole.replace("<!-- /bearing -->", "")
+    (tmp_path / "results").mkdir()
+    for name in "bearing.csv", "benchmark-cpu.json":
+        damaged = tmp_path / "results" / name
+        damaged.write_bytes(b"\xff\xfe{\n garbage")
+        assert experiments.main(["--report"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {damaged} is damaged") and err.count("\n") == 1
+        damaged.unlink()
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_readme_shows_what_results_hold(name):
     text = (ROOT / "README.md").read_text()
@@ -164,7 +191,7 @@ def test_every_result_is_a_run_of_its_set_from_a_commit(path):
     runs = SETS[path.stem][0]
     for row in read(path.stem):
         assert sum(experiments.matches(row, flags) for flags in runs) >= 1
-        assert re.fullmatch("[0-9a-f]{40}", row["commit"])
+        assert re.fullmatch("[0-9a-f]{40}(, then [0-9a-f]{40})*", row["commit"])
         flags = train.parse_args(shlex.split(row["command"])[2:])
         assert flags.pe == row["pe"] and str(flags.seed) == row["seed"] and str(flags.epochs) == row["epochs"]
 

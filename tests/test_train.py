@@ -30,8 +30,10 @@ TINY = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
 @pytest.fixture(autouse=True)
-def tiny_bearing(monkeypatch, tmp_path):
-    """Four steps an epoch, 50 test images, and a working directory to write into."""
+def tiny_bearing(monkeypatch, tmp_path, request):
+    """Four steps an epoch, 50 test images, a working directory to write into, and no time lost with drawing."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(train, "plot", lambda *_: None)
     monkeypatch.setattr(Bearing, "train_size", 64)
     monkeypatch.setattr(Bearing, "test_size", 50)
     monkeypatch.chdir(tmp_path)
@@ -84,6 +86,9 @@ def test_a_run_writes_its_configuration_log_curves_checkpoint_and_result(capsys)
     assert result["images_per_second"] == pytest.approx(3 * 64 / result["train_seconds"], rel=0.2)
     assert {"pe": "axial", "dataset": "bearing", "seed": 3, "epochs": 3}.items() <= result.items()
     assert {"device", "torch", "commit", "command"} <= result.keys() and result["torch"] == torch.__version__
+    saved = weights(out)
+    assert not saved["totals"].any(), "they are of one epoch"
+    assert {group["lr"] for group in saved["optimizer"]["param_groups"]} == {float(rows[-1]["lr"])}
     assert config["lr"] == 2e-3 and config["heads"] == 2
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
@@ -185,6 +190,12 @@ def test_an_image_that_is_none_stops_the_run_with_its_path_or_is_skipped(capsys)
     assert "in/train/b/3.jpeg" in line and "--skip-damaged" in line and "--resume" in line
     assert run("--out=a", *flags, "--skip-damaged", "--resume") == 0
     assert "1 damaged" in capsys.readouterr().out
+    next(Path("in/val").glob("*/*")).write_bytes(b"no image")
+    assert evaluate.main(["a", "--data-dir=in", "--shuffle"]) == 0, "it leaves out what the run did"
+    capsys.readouterr()
+    assert evaluate.main(["a", "--data-dir=elsewhere"]) == 2
+    err = capsys.readouterr().err
+    assert "elsewhere" in err and "damaged" not in err
 
 
 def start(out, *flags):
@@ -192,6 +203,7 @@ def start(out, *flags):
     code = (
         "import sys, train, data\n"
         "data.Bearing.train_size, data.Bearing.test_size, train.CHECKPOINT_SECONDS = 64, 50, 0\n"
+        "train.plot = lambda *_: None\n"
         "sys.exit(train.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *TINY, "--epochs=300", "--out", out, *flags]
@@ -320,10 +332,10 @@ def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch)
     assert "On this CPU 3 epochs will take about" in out and "--dataset bearing" in out
 
 
-@pytest.mark.parametrize("micro_batch, says", [(16, "--micro-batch 8"), (1, "a smaller model")])
-def test_a_full_gpu_is_told(micro_batch, says, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    assert says in bad(capsys, "--out", "a", "--micro-batch", micro_batch)
+@pytest.mark.parametrize("where", ["make_optimizer", "train_step"])
+def test_a_full_gpu_is_told(where, capsys, monkeypatch):
+    monkeypatch.setattr(train, where, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert "try --micro-batch" in bad(capsys, "--out", "a")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -370,6 +382,7 @@ def test_a_damaged_or_hostile_checkpoint_is_told(capsys):
     del other["optimizer"]
     for make in (
         lambda path: path.write_bytes(whole[:-1000]),
+        lambda path: path.write_bytes(whole[: len(whole) // 2]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(pickle.dumps(Harm())),
         lambda path: torch.save({"config": Harm()}, path),
@@ -420,6 +433,38 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert lr[0] == pytest.approx(1 / 51) and lr[49] == pytest.approx(50 / 51) and lr[50] == 1
     assert lr[275] == pytest.approx(0.5) and 0 < lr[-1] < 1e-4
     assert lr[50:] == sorted(lr[50:], reverse=True)
+    args.epochs = 10  # of which warm-up takes a fifth at most
+    assert [train.learning_rate(args, step, 10) for step in (19, 20)] == [pytest.approx(20 / 21), 1]
+
+
+def test_gradients_are_clipped(monkeypatch):
+    args = train.parse_args([*TINY, "--out=a"])
+    model, data, optimizer, state = train.set_up(args)
+    norms = []
+    monkeypatch.setattr(optimizer, "step", lambda: norms.append(torch.nn.utils.get_total_norm(grads())))
+
+    def grads():
+        return [p.grad for p in model.parameters()]
+
+    for scale in 1e-3, 100:
+        model.head.weight.data.fill_(0).add_(scale * torch.randn(model.head.weight.shape))
+        train.train_step(args, model, data.train_batch(0), optimizer, state, 4)
+    assert norms[0] < 0.99 and norms[1].item() == pytest.approx(1, abs=1e-3)
+
+
+def test_what_was_found_of_older_weights_does_not_stay(monkeypatch):
+    interrupted(monkeypatch, 5, "--out", "a")
+    Path("a/evaluation.json").write_text("{}")
+    run("--out=a", "--resume")
+    assert not Path("a/evaluation.json").exists()
+
+
+def test_a_run_that_is_made_anew_does_not_show_an_old_result(capsys):
+    run("--out=a", "--epochs=1")
+    old = json.loads(Path("a/result.json").read_text())
+    Path("a/last.pt").unlink()
+    run("--out=a", "--epochs=2")
+    assert (old["epochs"], json.loads(Path("a/result.json").read_text())["epochs"]) == (1, 2)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

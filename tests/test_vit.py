@@ -172,9 +172,16 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
     assert torch.equal(DropPath(0.25).eval()(x), x)
 
 
-def test_drop_path_grows_linearly_with_depth():
-    model = small("none", depth=5, drop_path=0.4)
-    assert [getattr(b.drop_path, "rate", 0) for b in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+def test_dropout_and_drop_path_are_where_they_belong():
+    model = small("none", depth=3, dropout=0.1, drop_path=0.4).train()
+    calls = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout | DropPath):
+            module.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    model(torch.randn(2, 3, 32, 32))
+    block = [torch.nn.Dropout, DropPath, torch.nn.Dropout, torch.nn.Dropout, DropPath]  # attention; GELU, MLP
+    assert calls == [torch.nn.Dropout] + 3 * block
+    assert [b.drop_path.rate for b in model.blocks] == [0.4] * 3
 
 
 def test_dropout_and_drop_path_rest_in_evaluation():
@@ -189,6 +196,7 @@ def test_initialisation():
     model = ViT("ape", depth=1)
     for weight in model.blocks[0].attn.qkv.weight, model.blocks[0].mlp.fc1.weight, model.pos_embed:
         assert abs(weight.std() - 0.02) < 1e-3
+    assert abs(model.cls_token.std() - 0.02) < 3e-3 and len(ViT().blocks) == 12
     assert not model.blocks[0].mlp.fc1.bias.any()
     assert torch.equal(ViT(depth=1, layer_scale=1e-4).blocks[0].ls1.gamma, torch.full((360,), 1e-4))
 
@@ -196,6 +204,8 @@ def test_initialisation():
 def test_options_reach_the_encoding():
     freqs = small("axial", theta=10.0).blocks[1].attn.rope.freqs
     torch.testing.assert_close(freqs, 10.0 ** (-2 * torch.arange(6) / 24).expand(1, 2, 6))
+    a, b = (block.attn.rope.freqs for block in small("mixed", img_size=56).blocks[:2])  # 14 patches a side
+    assert a.norm(dim=1).max().item() == pytest.approx(13 / (2 * torch.pi)) and a is not b
 
 
 @torch.no_grad()
