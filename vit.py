@@ -120,6 +120,11 @@ class ViT(nn.Module):
         pos = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
         return torch.cat([pos.new_zeros(self.prefix, 2), pos])
 
+    def compile(self, **options):
+        """torch.compile the blocks, one by one: they share a graph, and so one of them is all that is compiled."""
+        for block in self.blocks:
+            block.compile(**options)
+
     def forward(self, images, pos=None):
         """images (B, 3, height, width) -> logits (B, num_classes).
 

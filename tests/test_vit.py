@@ -208,6 +208,16 @@ def test_options_reach_the_encoding():
     assert a.norm(dim=1).max().item() == pytest.approx(13 / (2 * torch.pi)) and a is not b
 
 
+@pytest.mark.parametrize("pe", ["none", "mixed", "comrope-ld"])
+def test_all_blocks_compile_into_one_graph(pe):
+    model, images, graphs = small(pe, depth=3, drop_path=0.1), torch.randn(2, 3, 32, 32), []
+    logits = model(images)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pe", ["ape", "spherical"])
 def test_compiles_into_one_graph_for_any_image(pe):
