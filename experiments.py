@@ -6,7 +6,7 @@
 
 A set is a list of runs in order of worth. Each is a `python train.py` and, for some sets, a `python evaluate.py`; then
 it has a row in results/<set>.csv, which quotes the command, and is not run again. Run folders stay in runs/, so that a
-run that was cut short goes on where it was, and a run that another set needs too is not trained twice.
+run that was cut short goes on where it was.
 """
 
 import csv
@@ -47,29 +47,29 @@ TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0
 SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and evaluate.py's flags, if it has a part
     "bearing": (bearing("bearing", "cls"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (bearing("bearing-corner", "cls", "mean"), "--regions"),
-    "table2": (TABLE2, ""),
-    "figure3": (TABLE2, "--sizes"),
+    "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),
 }
+SAME = {"figure3": "table2"}  # the same runs, tested at other sizes
 
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS)}")
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS | SAME)}")
     parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop before that much time is over")
     parser.add_argument("--report", action="store_true", help="write the README's tables from results/")
     args = parser.parse_args(argv)
-    if unknown := set(args.sets) - set(SETS):
-        parser.error(f"there is no set {', '.join(unknown)}: take {', '.join(SETS)}")
+    if unknown := set(args.sets) - set(SETS | SAME):
+        parser.error(f"there is no set {', '.join(unknown)}: take {', '.join(SETS | SAME)}")
     if not args.sets and not args.report:
-        parser.error(f"nothing to do: name a set ({', '.join(SETS)}) or add --report")
+        parser.error(f"nothing to do: name a set ({', '.join(SETS | SAME)}) or add --report")
     deadline = time.monotonic() + 60 * args.minutes
     code = 0
     try:
         try:
             for name in args.sets:
-                run_set(name, deadline)
+                run_set(SAME.get(name, name), deadline)
         except Stopped as e:
             print(e, file=sys.stderr)
             code = e.code
@@ -241,8 +241,8 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
         ("seeds", seeds("table2", epochs=50)),
     ],
     "figure3": [
-        *((f"{size} px", measured("figure3", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
-        ("seeds", seeds("figure3", epochs=50)),
+        *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
+        ("seeds", seeds("table2", epochs=50)),
     ],
     "prices": [
         ("training step, published", published("prices")),

@@ -152,6 +152,12 @@ def test_every_set_asks_for_what_the_scripts_take(capsys):
         assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_figure_3_is_of_the_runs_of_table_2(monkeypatch):
+    names = []
+    monkeypatch.setattr(experiments, "run_set", lambda name, deadline: names.append(name))
+    assert experiments.main(["figure3", "table7"]) == 0 and names == ["table2", "table7"]
+
+
 def test_time_that_is_over_does_not_keep_the_report_from_being_written(calls, monkeypatch):
     reports = []
     monkeypatch.setattr(experiments, "report", lambda: reports.append(1))
