@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import make_imagenet
+from test_train import complaint, make_imagenet
 from torch import nn
 
 import benchmark
@@ -252,13 +252,7 @@ def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
 
 
 def failing(capsys, *flags):
-    try:
-        code = benchmark.main([*TINY, *flags])
-    except SystemExit as e:  # argparse's way
-        code = e.code
-    err = capsys.readouterr().err
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return complaint(capsys, benchmark.main, *TINY, *flags)
 
 
 def test_what_cannot_be_measured_is_told_in_a_line(capsys, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import complaint
 
 import evaluate
 import train
@@ -134,14 +135,7 @@ def test_without_an_encoding_a_shuffle_changes_nothing():
 
 
 def bad(capsys, *flags):
-    capsys.readouterr()
-    try:
-        code = evaluate.main(["--device=cpu", *flags])
-    except SystemExit as e:  # argparse's way
-        code = e.code
-    err = capsys.readouterr().err
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return complaint(capsys, evaluate.main, "--device=cpu", *flags)
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_line(capsys):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_train import complaint
 
 import benchmark
 import evaluate
@@ -146,10 +147,7 @@ def test_every_set_asks_for_what_the_scripts_take(capsys):
             assert args.pe == flags["pe"] and args.seed == flags["seed"]
         evaluate.parse_args(["run", *evaluation.split()])
     for flags in ["no such set"], [], ["table2", "--minutes", "0"]:
-        with pytest.raises(SystemExit) as stopped:
-            experiments.main(flags)
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        complaint(capsys, experiments.main, *flags)
 
 
 def test_figure_3_is_of_the_runs_of_table_2(monkeypatch):
@@ -178,9 +176,7 @@ def test_damaged_results_and_a_readme_without_marks_are_told(calls, capsys, tmp_
     for name in "bearing.csv", "benchmark-cpu.json":
         damaged = tmp_path / "results" / name
         damaged.write_bytes(b"\xff\xfe{\n garbage")
-        assert experiments.main(["--report"]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"error: {damaged} is damaged") and err.count("\n") == 1
+        assert f"error: {damaged} is damaged" in complaint(capsys, experiments.main, "--report")
         damaged.unlink()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train import complaint
 
 import evaluate
 import experiments
@@ -260,11 +261,7 @@ def test_what_is_drawn_of_runs_is_what_they_say():
 
 
 def bad(capsys, *flags):
-    capsys.readouterr()
-    assert figures.main([*flags]) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return complaint(capsys, figures.main, *flags)
 
 
 def test_what_cannot_be_drawn_is_told_in_a_line(capsys):

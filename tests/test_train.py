@@ -251,15 +251,20 @@ def test_resuming_a_finished_run_just_shows_its_result(capsys):
     assert {path: path.read_bytes() for path in Path("a").glob("*.*")} == files
 
 
-def bad(capsys, *flags):
-    """The one line that a run with these flags ends with."""
+def complaint(capsys, main, *flags):
+    """The one line that a script's main ends with, given flags that cannot do."""
+    capsys.readouterr()
     try:
-        code = run(*flags)
+        code = main([*map(str, flags)])
     except SystemExit as e:  # argparse's way
         code = e.code
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err
+
+
+def bad(capsys, *flags):
+    return complaint(capsys, train.main, *TINY, *flags)
 
 
 @pytest.mark.parametrize(
