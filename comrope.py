@@ -81,7 +81,7 @@ class ComRoPE(nn.Module):
             return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
 
     def factors(self, dtype):
-        """theta (M, K) of either kind."""
+        """theta (M, K): learned for ld, 1 at each block's axis for ap."""
         if self.kind == "ld":
             return self.theta.to(dtype)
         K = self.blocks.shape[1]
@@ -96,10 +96,10 @@ def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms up to the largest. A spectral norm n of A has n^2 at most
-    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs, +-in. To read it off makes the host wait for a
-    GPU: a compiled graph allows for n up to 3200 instead, and gives NaN beyond, where R would not be a rotation any
-    more. (Products in TF32 instead of float32 would make R less exact.)
+    loses nothing of a small X, so that one s serves all norms up to the largest. The spectral norm of A is at most the
+    square root of |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. To read that off makes the host
+    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, where R would not be a
+    rotation any more. (Products in TF32 instead of float32 would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A

@@ -139,7 +139,7 @@ def read(name):
         return []
     with open(path, newline="", errors="replace") as f:
         rows = list(csv.DictReader(f))
-    if not all(row.get("pe") in ENCODINGS and row.get("command") for row in rows):
+    if not all(row.get("pe") in ENCODINGS and row.get("accuracy") and row.get("command") for row in rows):
         raise ValueError(f"{path} is damaged: restore it, or delete it and have its runs made anew")
     return rows
 

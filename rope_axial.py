@@ -63,14 +63,16 @@ class AxialRoPE(nn.Module):
         return (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).flatten(-2)
 
     def ladder(self, device=None):
-        """The fixed frequencies (1, M, n)."""
+        """The fixed frequencies (1, M, n), n pairs for each axis."""
         d = torch.arange(self.head_dim // (2 * self.pos_dim), dtype=torch.float32, device=device)
         return (self.theta ** (-2 * d / self.head_dim)).repeat(1, self.pos_dim, 1)
 
     def _apply(self, fn, recurse=True):
+        exact = self.freqs
         super()._apply(fn, recurse)
         if not self.learned:  # .bfloat16() must not round what is fixed, nor a stay on the meta device lose it
-            self.freqs = self.ladder(self.freqs.device)
+            device = self.freqs.device
+            self.freqs = self.ladder(device) if exact.is_meta else exact.to(device)
         return self
 
     def extra_repr(self):

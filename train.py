@@ -35,7 +35,6 @@ from common import (
     device_name,
     environment,
     failed,
-    read_json,
     reading,
     usable_device,
     write_csv,
@@ -230,21 +229,21 @@ def train(args, model, data, optimizer, state):
     if RANK:
         return
     result_path = args.out / "result.json"
+    result = {
+        "pe": args.pe,
+        "dataset": args.dataset,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "test_accuracy": state["log"][-1]["test_accuracy"],
+        "train_seconds": round(state["seconds"], 2),
+        "images_per_second": round(images / state["seconds"], 1),
+        "parameters": parameters,
+    }
     if not result_path.exists():  # else this resumed a finished run
-        result = {
-            "pe": args.pe,
-            "dataset": args.dataset,
-            "seed": args.seed,
-            "epochs": args.epochs,
-            "test_accuracy": state["log"][-1]["test_accuracy"],
-            "train_seconds": round(state["seconds"], 2),
-            "images_per_second": round(images / state["seconds"], 1),
-            "parameters": parameters,
-        }
         write_json(result_path, result | state["made"])
     print(
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
-        "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**read_json(result_path))
+        "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
     )
     if damaged:
         print(f"{damaged} damaged images were left out")
@@ -350,7 +349,7 @@ def finish_epoch(args, model, data, optimizer, state, stop):
     """Test, and put a row into the log."""
     start = time.perf_counter()
     loss, hits = epoch_means(args, state)
-    state["seconds"] += time.perf_counter() - start  # that the GPU was waited for
+    state["seconds"] += time.perf_counter() - start  # spent waiting for the GPU, which belongs to the training
     test_accuracy = accuracy(bare(model), stop.before(data.test_batches(img_size=args.eval_size)), args.amp)
     stop.heed()
     row = {

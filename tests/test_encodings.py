@@ -257,7 +257,7 @@ def test_a_changed_parameter_or_dtype_is_never_stale(name):
     rope, draw = make(name)
     pos = draw(T)
     before = rope.rotation(pos)
-    for p in [*rope.parameters()][:1]:
+    for p in [*rope.parameters(), *rope.buffers()][:1]:
         p.data *= 2
         pos = pos / 2
     torch.testing.assert_close(rope.rotation(pos), before)
@@ -284,6 +284,14 @@ def test_a_bfloat16_model_keeps_its_fixed_frequencies_exact(name):
     got, _ = rope.bfloat16()(q, q, pos.float())
     torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-4)
     assert torch.equal(rope.double().freqs, ENCODINGS[name]().freqs)
+
+
+@every_encoding
+def test_q_and_k_of_different_shapes_are_refused(name):
+    rope, draw = make(name)
+    q, k = torch.randn(1, H, T, D), torch.randn(1, H, T, D + 1)
+    with pytest.raises(ValueError, match=rf"must be \(B, {H}, T, {D}\), got .* and \(1, {H}, {T}, {D + 1}\)"):
+        rope(q, k, draw(T))
 
 
 @every_encoding

@@ -163,20 +163,26 @@ def test_time_that_is_over_does_not_keep_the_report_from_being_written(calls, mo
     assert experiments.main(["tiny", "--report"]) == 130 and reports
 
 
-def test_damaged_results_and_a_readme_without_marks_are_told(calls, capsys, tmp_path):
+def test_damaged_results_and_a_readme_without_marks_are_told(capsys, monkeypatch, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in TABLES))
     experiments.report(path)
     whole = path.read_text()
+    monkeypatch.setattr(experiments, "report", lambda: (_ for _ in ()).throw(ValueError("Oh")))
+    assert complaint(capsys, experiments.main, "--report") == "error: Oh\n"
+    monkeypatch.undo()
     path.write_text(whole.replace("<!-- /bearing -->", ""))
     with pytest.raises(ValueError, match="has no <!-- bearing --> with <!-- /bearing --> behind it"):
         experiments.report(path)
     assert path.read_text() == whole.replace("<!-- /bearing -->", "")
+    path.write_text(whole)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     for name in "bearing.csv", "benchmark-cpu.json":
         damaged = tmp_path / "results" / name
         damaged.write_bytes(b"\xff\xfe{\n garbage")
-        assert f"error: {damaged} is damaged" in complaint(capsys, experiments.main, "--report")
+        with pytest.raises(ValueError, match=f"{damaged} is damaged"):
+            experiments.report(path)
         damaged.unlink()
 
 

@@ -21,6 +21,7 @@ from test_data import pickled, split
 import data
 import evaluate
 import train
+from common import reading
 from data import Bearing
 from distributed import Stop
 
@@ -455,6 +456,23 @@ def test_gradients_are_clipped(monkeypatch):
         model.head.weight.data.fill_(0).add_(scale * torch.randn(model.head.weight.shape))
         train.train_step(args, model, data.train_batch(0), optimizer, state, 4)
     assert norms[0] < 0.99 and norms[1].item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged():
+    with pytest.raises(ValueError, match="is damaged, or no checkpoint"), reading("last.pt", "train it again"):
+        raise OSError(22, "Invalid argument")  # as torch.load does with some truncated files
+    with pytest.raises(FileNotFoundError), reading("last.pt", "train it again"):
+        Path("nowhere").read_bytes()
+
+
+def test_a_resumed_run_names_all_that_it_was_made_with(monkeypatch):
+    interrupted(monkeypatch, 5, "--out", "a")
+    before, now = json.loads(Path("a/config.json").read_text()), {"device": "other", "torch": "9.9", "commit": "f00"}
+    monkeypatch.setattr(train, "environment", lambda device: before | now)
+    run("--out=a", "--resume")
+    result = json.loads(Path("a/result.json").read_text())
+    for what in now:
+        assert result[what] == f"{before[what]}, then {now[what]}"
 
 
 def test_what_was_found_of_older_weights_does_not_stay(monkeypatch):

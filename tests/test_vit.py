@@ -213,9 +213,15 @@ def test_all_blocks_compile_into_one_graph(pe):
     model, images, graphs = small(pe, depth=3, drop_path=0.1), torch.randn(2, 3, 32, 32), []
     logits = model(images)
     torch._dynamo.reset()
-    model.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda *args: calls.append(1) or graph(*args)
+
+    calls = []
+    model.compile(fullgraph=True, backend=backend)
     torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 and len(calls) == 3
 
 
 @torch.no_grad()
