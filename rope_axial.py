@@ -2,7 +2,7 @@
 
 A token at position p = (x, y) turns the pairs of channels of its query and key, half of them with x, half with y:
 
-    R(p) = diag(rot(w_1 x), ..., rot(w_n x), rot(w_1 y), ..., rot(w_n y))     rot(a) = [[cos a, -sin a], [sin a, cos a]]
+    R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
 A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What is left is the difference, so R is
 
@@ -13,7 +13,7 @@ A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What
 The last line is proposition 3 of van de Geijn et al. 2025 (arXiv 2511.08368). All of it holds for M axes as for two.
 Frequencies w are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = theta^(-2 (d - 1) / D), D = head_dim: one ladder shared by all heads and axes (their section 2.4)
+    fixed      w_d = theta^(-2d / D) with D = head_dim, one ladder shared by all heads and axes (their section 2.4)
     uniform    w_d = 1: one turn across the training image
     learned    one for each head, axis and pair, drawn from U[0, 1)
 

@@ -2,7 +2,7 @@
 
 A token at position p = (x, y) turns every pair of channels of its query and key by an angle that is linear in p:
 
-    R(p) = diag(rot(w_1 . p), ..., rot(w_n . p))    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
+    R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
     orthogonal     R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
@@ -12,7 +12,7 @@ It is all that equivariance allows: any exponentials that are equivariant are Mi
 et al. 2025, proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies are learned for
 each head, in radians per unit of position, on a grid that spans [-pi, pi]. They begin as
 
-    heo        orthogonal directions turned at random, half of the pairs along each, theta^(-4 (d - 1) / D) a patch
+    heo        orthogonal directions turned at random, half of the pairs along each, by theta^(-4d / D) a patch
     uniform    U[0, 1) for each axis and pair, as in van de Geijn et al.
 
 Channel order: the first coordinates of all pairs, the second ones, then what no pair needs, which passes unrotated.

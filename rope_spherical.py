@@ -3,7 +3,7 @@
 A token at position p = (x, y) cuts its query and key into triplets (a, b, c) and turns each as a vector in space, first
 by a roll that grows with y, then by a yaw that grows with x:
 
-    R(p) = diag(yaw(w_1 x) roll(v_1 y), ..., yaw(w_n x) roll(v_n y))
+    R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
               [cos u  -sin u  0]                [1    0       0  ]
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
@@ -18,7 +18,7 @@ Roll and yaw share the coordinate b, so their order matters. That is the point: 
 
 Frequencies w, v are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = v_d = theta^(-2 (d - 1) / D), D = head_dim: one ladder shared by all heads
+    fixed      w_d = v_d = theta^(-2d / D) with D = head_dim, one ladder shared by all heads
     learned    one for each head, axis and triplet, drawn from U[0, 1)
 
 Channel order: all a, all b, all c, then the one or two that no triplet needs, which pass unrotated: a head of 64 has 21
