@@ -33,7 +33,6 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +50,7 @@ from comrope import ComRoPE
 from imagenet import SUFFIXES, load
 from lamb import LAMB
 from liere import LieRE
+from stopwatch import now
 from vit import ENCODINGS, ViT
 
 DEFAULTS = {  # on a CPU, on CUDA
@@ -326,22 +326,19 @@ def compare(run, base, args):
     if args.compile:
         torch.compiler.reset()  # or all the versions of one function would be too many
     run(), base()  # warm up, and compile
-    calls = [math.ceil(0.02 / seconds(f, 1, args.device)) for f in (run, base)]
-    turns = [[seconds(f, n, args.device) for f, n in zip((run, base), calls, strict=True)] for _ in range(args.repeats)]
+    calls = [math.ceil(0.02 / seconds(f, 1)) for f in (run, base)]
+    turns = [[seconds(f, n) for f, n in zip((run, base), calls, strict=True)] for _ in range(args.repeats)]
     low, ratio, high = statistics.quantiles((a / b for a, b in turns), n=4, method="inclusive")
     milliseconds = 1e3 * statistics.median(a for a, _ in turns)
     return {"ratio": ratio, "low": low, "high": high, "milliseconds": milliseconds}
 
 
-def seconds(f, calls, device):
+def seconds(f, calls):
     """The time of a call, when there are many one after another."""
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize(device)
-    start = time.perf_counter()
+    start = now()
     for _ in range(calls):
         f()
-    synchronize(device)
-    return (time.perf_counter() - start) / calls
+    return (now() - start) / calls
 
 
 def peak_memory(f, args):
