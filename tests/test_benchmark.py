@@ -90,13 +90,6 @@ def test_what_is_measured_by_default_depends_on_the_device():
     assert defaults("--device=cpu", "--compile", "--amp", "--head-dim=8") == (32, 4, 32, 8, True, True)
 
 
-def test_none_is_compared_with_itself():
-    assert keys(measured("step", "memory", "--pe", "none")["rows"]) == [
-        ("training step", "none", "none"),
-        ("training step, memory", "none", "none"),
-    ]
-
-
 def test_block_size_is_for_those_that_have_blocks():
     args = parse_args([*TINY, "--block-size=4"])
     for pe in "liere", "comrope-ap", "comrope-ld":

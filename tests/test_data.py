@@ -130,13 +130,6 @@ def test_a_failed_download_says_why_and_leaves_nothing(archive, serve, tmp_path,
     assert not os.listdir(tmp_path)
 
 
-def test_no_network_is_told_and_leaves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    with pytest.raises(DataError, match=r"cannot download .*put it at"):
-        CIFAR100(tmp_path / "data", batch_size=10).load()
-    assert not (tmp_path / "data").exists()
-
-
 def test_a_damaged_archive_of_the_users_is_told_and_left_alone(archive, tmp_path):
     path = tmp_path / "cifar-100-python.tar.gz"
     path.write_bytes(archive[:-1])
