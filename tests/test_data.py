@@ -80,7 +80,7 @@ def serve(monkeypatch):
                 pass
 
         requests, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         monkeypatch.setattr(data, "CIFAR100_URL", f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz")
         return requests
