@@ -6,6 +6,7 @@ import pickle
 import random
 import weakref
 from collections import Counter
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -579,25 +580,19 @@ def test_a_gpu_gets_the_same(root):
 # What a user can mend is told in a line.
 
 
-def remove(path):
-    for child in sorted(path.rglob("*"), reverse=True):
-        child.rmdir() if child.is_dir() else child.unlink()
-    path.rmdir()
-
-
 FAULTS = {
-    "no root": (remove, {}, "ROOT/train is not there: --data-dir "),
-    "no train": (lambda root: remove(root / "train"), {}, "ROOT/train is not there: --data-dir "),
-    "no val": (lambda root: remove(root / "val"), {}, "ROOT/val is not there: --data-dir "),
+    "no root": (rmtree, {}, "ROOT/train is not there: --data-dir "),
+    "no train": (lambda root: rmtree(root / "train"), {}, "ROOT/train is not there: --data-dir "),
+    "no val": (lambda root: rmtree(root / "val"), {}, "ROOT/val is not there: --data-dir "),
     "no classes": (
-        lambda root: [remove(path) for path in (root / "train").iterdir()],
+        lambda root: [rmtree(path) for path in (root / "train").iterdir()],
         {},
         "ROOT/train has no classes: put ",
     ),
-    "not in val": (lambda root: remove(root / "val/bee"), {}, "ROOT/val/bee is not there: train and val must "),
+    "not in val": (lambda root: rmtree(root / "val/bee"), {}, "ROOT/val/bee is not there: train and val must "),
     "not in train": (lambda root: (root / "val/cow").mkdir(), {}, "ROOT/train/cow is not there: train and val must "),
     "not in val, limited": (
-        lambda root: remove(root / "val/bee"),
+        lambda root: rmtree(root / "val/bee"),
         {"limit_classes": 2},
         "ROOT/val/bee is not there: train and val must ",
     ),
