@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -260,11 +261,7 @@ def test_what_cannot_be_measured_is_told_in_a_line(capsys, monkeypatch):
     assert "none ape has no part in alone" in failing(capsys, "alone", "--pe", "none", "ape")
     Path("folder").mkdir()
     assert "folder" in failing(capsys, "step", "--pe", "none", "--json=folder")
-
-    def full(args):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setitem(benchmark.PARTS, "step", full)
+    monkeypatch.setitem(benchmark.PARTS, "step", Mock(side_effect=torch.OutOfMemoryError))
     assert "smaller --batch-size" in failing(capsys, "step")
 
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from test_train import complaint
@@ -157,10 +158,9 @@ def test_figure_3_is_of_the_runs_of_table_2(monkeypatch):
 
 
 def test_time_that_is_over_does_not_keep_the_report_from_being_written(calls, monkeypatch):
-    reports = []
-    monkeypatch.setattr(experiments, "report", lambda: reports.append(1))
-    monkeypatch.setattr(experiments, "run_set", lambda *_: (_ for _ in ()).throw(Stopped("Stopped.", 130)))
-    assert experiments.main(["tiny", "--report"]) == 130 and reports
+    monkeypatch.setattr(experiments, "report", report := Mock())
+    monkeypatch.setattr(experiments, "run_set", Mock(side_effect=Stopped("Stopped.", 130)))
+    assert experiments.main(["tiny", "--report"]) == 130 and report.called
 
 
 def test_damaged_results_and_a_readme_without_marks_are_told(capsys, monkeypatch, tmp_path):
@@ -168,7 +168,7 @@ def test_damaged_results_and_a_readme_without_marks_are_told(capsys, monkeypatch
     path.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in TABLES))
     experiments.report(path)
     whole = path.read_text()
-    monkeypatch.setattr(experiments, "report", lambda: (_ for _ in ()).throw(ValueError("Oh")))
+    monkeypatch.setattr(experiments, "report", Mock(side_effect=ValueError("Oh")))
     assert complaint(capsys, experiments.main, "--report") == "error: Oh\n"
     monkeypatch.undo()
     path.write_text(whole.replace("<!-- /bearing -->", ""))

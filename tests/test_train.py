@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -306,9 +307,7 @@ def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
 
 
 def test_cuda_where_there_is_none(capsys, monkeypatch):
-    monkeypatch.setattr(
-        torch, "empty", lambda *_, device: torch.device(device) and exec("raise RuntimeError('no GPU')")
-    )
+    monkeypatch.setattr(torch, "empty", Mock(side_effect=RuntimeError("no GPU")))
     assert "--device cuda cannot be used (no GPU): try --device cpu" in bad(capsys, "--device", "cuda")
     assert not os.listdir()
 
@@ -340,7 +339,7 @@ def test_on_a_cpu_cifar100_says_first_how_long_it_will_take(capsys, monkeypatch)
 
 @pytest.mark.parametrize("where", ["make_optimizer", "train_step"])
 def test_a_full_gpu_is_told(where, capsys, monkeypatch):
-    monkeypatch.setattr(train, where, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(train, where, Mock(side_effect=torch.OutOfMemoryError))
     assert "try --micro-batch" in bad(capsys, "--out", "a")
 
 
