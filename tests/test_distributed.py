@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, TINY, make_imagenet, weights
+from test_train import SMALL, TINY, as_flags, make_imagenet, weights
 
 import common
 import distributed
@@ -20,7 +20,7 @@ from data import CIFAR100, Bearing
 
 ROOT = Path(__file__).parents[1]
 IMAGENET = {"dataset": "imagenet", "data-dir": "in", "img-size": 16, "patch-size": 8, "workers": 1, "batch-size": 8}
-FLAGS = [f"--{name}={value}" for name, value in (SMALL | IMAGENET | {"jitter": 0.5}).items()]
+FLAGS = as_flags(SMALL | IMAGENET | {"jitter": 0.5})
 
 
 @pytest.fixture(scope="module", autouse=True)

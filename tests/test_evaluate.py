@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import complaint
+from test_train import SMALL, as_flags, complaint
 
 import evaluate
 import train
@@ -13,8 +13,7 @@ from data import Bearing
 from evaluate import shuffled
 from vit import ViT
 
-SMALL = {"dataset": "bearing", "device": "cpu", "depth": 1, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 1}
-TINY = [f"--{name}={value}" for name, value in SMALL.items()]
+TINY = as_flags(SMALL | {"depth": 1, "epochs": 1})
 
 
 @pytest.fixture(autouse=True)

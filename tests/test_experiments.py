@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from test_train import complaint
+from test_train import as_flags, complaint
 
 import benchmark
 import evaluate
@@ -22,7 +22,7 @@ from experiments import SETS, TABLES, Stopped, measured, priced, read, run_set, 
 from vit import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
-TINY = {"dataset": "bearing", "depth": 1, "heads": 1, "head-dim": 8, "batch-size": 32, "epochs": 1}
+SMALL = {"dataset": "bearing", "depth": 1, "heads": 1, "head-dim": 8, "batch-size": 32, "epochs": 1}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(Bearing, "train_size", 64)
     monkeypatch.setattr(Bearing, "test_size", 50)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    runs = [{"pe": pe, "seed": 1} | TINY for pe in ("ape", "axial")]
+    runs = [{"pe": pe, "seed": 1} | SMALL for pe in ("ape", "axial")]
     monkeypatch.setitem(SETS, "tiny", (runs, "--shift 4 --shuffle"))
     monkeypatch.chdir(tmp_path)
     calls = []
@@ -103,7 +103,7 @@ def test_at_the_deadline_a_run_is_saved_and_goes_on_later(tmp_path, monkeypatch)
             return super().wait()
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    command = ["train.py", *(f"--{k}={v}" for k, v in (TINY | {"epochs": 1000}).items()), "--out=run"]
+    command = ["train.py", *as_flags(SMALL | {"epochs": 1000}), "--out=run"]
     with pytest.raises(Stopped, match="time is over") as stopped:
         experiments.call(command, time.monotonic() + 60)
     assert stopped.value.code == 0 and Path("run/last.pt").exists() and not Path("run/result.json").exists()
@@ -144,7 +144,7 @@ def test_prices_come_from_the_benchmarks_file(monkeypatch, tmp_path):
 def test_every_set_asks_for_what_the_scripts_take(capsys):
     for runs, evaluation in SETS.values():
         for flags in runs:
-            args = train.parse_args([f"--{flag}={value}" for flag, value in flags.items()])
+            args = train.parse_args(as_flags(flags))
             assert args.pe == flags["pe"] and args.seed == flags["seed"]
         evaluate.parse_args(["run", *evaluation.split()])
     for flags in ["no such set"], [], ["table2", "--minutes", "0"]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import complaint
+from test_train import SMALL, as_flags, complaint
 
 import evaluate
 import experiments
@@ -34,8 +34,7 @@ from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 from vit import ENCODINGS
 
-SMALL = {"dataset": "bearing", "device": "cpu", "depth": 1, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 2}
-TINY = [f"--{name}={value}" for name, value in SMALL.items()]
+TINY = as_flags(SMALL | {"depth": 1, "epochs": 2})
 EQUIVARIANT = ["axial", "axial-learned", "uniform", "mixed", "comrope-ap", "comrope-ld"]
 OTHERS = ["spherical", "spherical-learned", "liere, b = 8", "liere"]
 

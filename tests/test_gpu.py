@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import SMALL, make_imagenet, weights
+from test_train import SMALL, as_flags, make_imagenet, weights
 
 import benchmark
 import evaluate
@@ -66,7 +66,7 @@ def test_a_compiled_vit_in_bfloat16_has_the_logits_and_gradients_of_the_cpu(pe):
 
 @pytest.mark.parametrize("pe", ENCODINGS)
 def test_no_step_keeps_the_host_waiting(pe):
-    args = train.parse_args([f"--{k}={v}" for k, v in (SMALL | {"pe": pe, "out": "run", "jitter": 0}).items()])
+    args = train.parse_args(as_flags(SMALL | {"pe": pe, "out": "run", "jitter": 0}))
     model, data, optimizer, state = train.set_up(args)
     batches = train.train_batches(args, data, state)
     for step in range(4):
@@ -84,7 +84,7 @@ def test_a_run_trains_resumes_and_is_evaluated(dataset):
     if dataset == "imagenet":
         make_imagenet("data")
         flags |= {"img-size": 32, "patch-size": 8, "workers": 2, "augment": "mix", "micro-batch": 8}
-    flags = [f"--{k}={v}" for k, v in flags.items()]
+    flags = as_flags(flags)
     assert train.main(flags) == 0 and train.main([*flags, "--resume"]) == 0
     saved = weights("run")
     assert saved["step"] == (48 * 4 if dataset == "bearing" else 1)
@@ -110,8 +110,7 @@ def test_lamb_steps_as_on_the_cpu():
 
 def test_every_part_of_the_benchmark_runs():
     sizes = {"depth": 1, "heads": 2, "img-size": 64, "patch-size": 16, "batch-size": 4, "repeats": 2, "device": DEVICE}
-    flags = [f"--{k}={v}" for k, v in sizes.items()]
     parts = [part for part in benchmark.PARTS if part != "decoding"]
-    assert benchmark.main([*parts, *flags, "--json=costs.json", "--pe", "spherical", "liere"]) == 0
+    assert benchmark.main([*parts, *as_flags(sizes), "--json=costs.json", "--pe", "spherical", "liere"]) == 0
     rows = json.loads(Path("costs.json").read_text())["rows"]
     assert {row["part"] for row in rows} == set(parts) and all(row["ratio"] >= 0 for row in rows)

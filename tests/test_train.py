@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import pickled, split
+from test_data import Call, pickled, split
 
 import data
 import evaluate
@@ -28,7 +28,13 @@ from distributed import Stop
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"dataset": "bearing", "device": "cpu", "depth": 2, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 3}
-TINY = [f"--{name}={value}" for name, value in SMALL.items()]
+
+
+def as_flags(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+TINY = as_flags(SMALL)
 
 
 @pytest.fixture(autouse=True)
@@ -374,23 +380,18 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_configuration(capsys)
     assert Path("a/last.pt").read_bytes() == before
 
 
-class Harm:
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
 def test_a_damaged_or_hostile_checkpoint_is_told(capsys):
     run("--out", "a")
     capsys.readouterr()
     whole = Path("a/last.pt").read_bytes()
-    other = weights("a")
+    other, harm = weights("a"), Call(os.mkdir, "harm")
     del other["optimizer"]
     for make in (
         lambda path: path.write_bytes(whole[:-1000]),
         lambda path: path.write_bytes(whole[: len(whole) // 2]),
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(pickle.dumps(Harm())),
-        lambda path: torch.save({"config": Harm()}, path),
+        lambda path: path.write_bytes(pickle.dumps(harm)),
+        lambda path: torch.save({"config": harm}, path),
         lambda path: torch.save(other, path),
         lambda path: torch.save([1], path),
     ):
