@@ -149,21 +149,21 @@ def test_a_micro_batch_must_divide_a_processs_share(capsys):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_share_what_lies_on_the_device(world_size, monkeypatch):
     monkeypatch.setattr(Bearing, "test_size", 20)
-    cifar = {"train": CIFAR100, "images": torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8)}
-    for kind, options in (Bearing, {}), (CIFAR100, {"augment": "mix"}):
+    noise = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8)
 
-        def make(rank, world_size, kind=kind, options=options):
-            data = kind("data", batch_size=6, rank=rank, world_size=world_size, **options)
-            if kind is CIFAR100:
-                data.images = data.test_images = cifar["images"]
-                data.labels = data.test_labels = torch.arange(30)
-            torch.manual_seed(0)
-            batch = data.train_batch(3)
-            tested = [torch.cat(parts) for parts in zip(*data.test_batches(batch_size=4), strict=True)]
-            return [*batch, *tested]
+    def made(kind, augment, rank=0, world_size=1):
+        """A batch's images and targets, and those of the test set."""
+        data = kind("data", batch_size=6, augment=augment, rank=rank, world_size=world_size)
+        if kind is CIFAR100:
+            data.images = data.test_images = noise
+            data.labels = data.test_labels = torch.arange(30)
+        torch.manual_seed(0)
+        batch = data.train_batch(3)
+        return *batch, *(torch.cat(parts) for parts in zip(*data.test_batches(batch_size=4), strict=True))
 
+    for which in (Bearing, "none"), (CIFAR100, "mix"):
         for rank in range(world_size):
-            for own, all_ in zip(make(rank, world_size), make(0, 1), strict=True):
+            for own, all_ in zip(made(*which, rank, world_size), made(*which), strict=True):
                 assert torch.equal(own, all_[rank::world_size])
 
 
