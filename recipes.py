@@ -114,12 +114,17 @@ def parse_args(argv, description):
         if getattr(args, name) is None:
             setattr(args, name, value if args.dataset == "imagenet" else None)
         elif args.dataset != "imagenet":
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} is for --dataset imagenet: leave it out")
+            parser.error(f"--{name.replace('_', '-')} is for --dataset imagenet: leave it out")
     on_cuda = args.device.startswith("cuda")
     out = Path("runs") / f"{args.dataset}-{args.pe}-s{args.seed}"
     for name, value in ({"out": out, "compile": on_cuda, "amp": on_cuda} | RECIPES[args.dataset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.lr = args.lr or LEARNING_RATES[args.opt]
+    if args.block_size and not args.pe.startswith(("liere", "comrope")):
+        parser.error(f"--pe {args.pe} has no blocks: leave --block-size out, or take liere, comrope-ap or comrope-ld")
+    if args.jitter and args.pe in ("none", "ape"):
+        parser.error(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
+    if args.eval_size and args.eval_size % args.patch_size:
+        parser.error(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     return args

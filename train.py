@@ -106,14 +106,6 @@ def stopped(why):
 def set_up(args):
     """All that a run needs -> model, data, optimizer, state. Nothing is written before everything is found right."""
     device = usable_device(args.device)
-    if args.block_size and not args.pe.startswith(("liere", "comrope")):
-        raise ValueError(
-            f"--pe {args.pe} has no blocks: leave --block-size out, or take liere, comrope-ap or comrope-ld"
-        )
-    if args.jitter and args.pe in ("none", "ape"):
-        raise ValueError(f"--pe {args.pe} is told no positions: leave --jitter out, or take another encoding")
-    if args.eval_size and args.eval_size % args.patch_size:
-        raise ValueError(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
     if args.dataset == "imagenet":
         data_options |= {name: getattr(args, name) for name in recipes.IMAGENET if name != "eval_size"}
