@@ -45,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 import comrope
 import liere
 from augment import mix, three_augment
-from common import Parser, autocast, environment, failed, number, usable_device, write_json
+from common import Parser, add_device_flags, autocast, environment, failed, number, usable_device, write_json
 from comrope import ComRoPE
 from imagenet import SUFFIXES, load
 from lamb import LAMB
@@ -105,8 +105,7 @@ def parse_args(argv):
     add("--head-dim", type=count, help="channels a head (60, on CUDA 64)")
     add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
     add("--repeats", type=number(int, least=2), help="turns (5, on CUDA 20)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+    add_device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
     add("--photos", type=Path, metavar="DIR", help="decoding: a folder of images, at any depth")
     add("--json", type=Path, metavar="FILE", help="write each row into FILE as soon as it is measured")

@@ -30,8 +30,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):  # without the usage in front
-        defer()
-        self.exit(2, f"error: {message}\n")
+        sys.exit(failed(message))
 
 
 def number(kind, least=None, most=math.inf):
@@ -60,16 +59,9 @@ def failed(why, code=2):
 
 
 def add_device_flags(parser):
-    """Where and how fast: what does not decide a result, or only its last digits."""
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1 ... (%(default)s)",
-    )
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
 
 
 def usable_device(name):

@@ -66,6 +66,7 @@ def parse_args(argv):
     add("--patch-shift", nargs="*", type=number(float, least=0), metavar="RHO", help="move all but the class token's")
     add("--shuffle", action="store_true", help="the patches of each image in random order")
     add("--regions", action="store_true", help="bearing: both squares in one quarter of the image")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.amp is None:

@@ -107,6 +107,7 @@ def parse_args(argv, description):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--profile", type=number(int, least=1), metavar="N", help="print where the time of N steps goes, and no more")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
+    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
     add_device_flags(parser)
 
     args = parser.parse_args(argv)
