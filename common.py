@@ -146,7 +146,7 @@ def autocast(device, amp):
 
 
 @torch.no_grad()
-def accuracy(model, batches, amp=False, pos=lambda: None):
+def accuracy(model, batches, amp, pos=lambda: None):
     """The share (%) of the batches' images that the model gets right, all processes' batches taken together.
 
     pos() gives each batch's positions (T, 2).
