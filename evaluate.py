@@ -79,23 +79,16 @@ def parse_args(argv):
 
 def evaluate(run, args):
     """Evaluate one run, print what was found, and add it to the run's evaluation.json."""
-    model, data, about = load(run, args)
+    saved, model = read_run(run, args.device)
+    config, path = saved["config"], run / "evaluation.json"
+    data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
+    about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
-    path = run / "evaluation.json"
     results = read_json(path)
     for name, found in evaluations(model, data, args):
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
         write_json(path, results)
-
-
-def load(run, args):
-    """The folder of a run -> its model, its data set, and a line about it."""
-    saved, model = read_run(run, args.device)
-    config, epoch = saved["config"], len(saved["log"])
-    about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=epoch, **config)
-    data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"])
-    return model, data.load(), about
 
 
 def evaluations(model, data, args):
