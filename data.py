@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 import urllib.request
@@ -239,13 +240,8 @@ def download(url, expected_md5, path):
             path.parent.mkdir(parents=True, exist_ok=True)
             size = int(reply.headers.get("Content-Length", 0)) or None
             with replacing(path) as tmp:
-                with (
-                    open(tmp, "wb") as f,
-                    tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar,
-                ):
-                    while chunk := reply.read(1 << 20):
-                        f.write(chunk)
-                        bar.update(len(chunk))
+                with open(tmp, "wb") as f, tqdm.wrapattr(reply, "read", size, desc=path.name, disable=None) as counted:
+                    shutil.copyfileobj(counted, f)
                 if md5(tmp) != expected_md5:
                     raise DataError(
                         f"what came from {url} is truncated or altered: run again, or put the file at {path}"
