@@ -168,7 +168,7 @@ class CIFAR100(Dataset):
     fraction < 1 trains on a part of the images, the same for every seed; an epoch then goes over them more than once.
     """
 
-    num_classes, img_size, train_size, test_size = 100, 32, 50_000, 10_000
+    num_classes, img_size, train_size = 100, 32, 50_000
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
     def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
