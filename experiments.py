@@ -117,17 +117,15 @@ def run_set(name, deadline):
 def call(script, deadline):
     """Run one of our scripts to its end; at the deadline, or by Ctrl-C, it is asked to save and stop."""
     process = subprocess.Popen([sys.executable, ROOT / script[0], *script[1:]])
-    why = "Stopped. The same command goes on."
     try:
         process.wait(None if deadline == math.inf else max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        why = "The time is over. The same command goes on."
         process.send_signal(signal.SIGINT)
         process.wait()
-        raise Stopped(why) from None
+        raise Stopped("The time is over. The same command goes on.") from None
     except KeyboardInterrupt:  # the script has got it too
         process.wait()
-        raise Stopped(why, 130) from None
+        raise Stopped("Stopped. The same command goes on.", 130) from None
     if process.returncode:
         raise Stopped(f"error: {shlex.join(script)} failed", process.returncode)
 
