@@ -6,7 +6,8 @@
 The first command writes attention, order, frequencies, equivariance and bearing-corner, the second one curves,
 learned-frequencies, sizes, shifts and cost, as PNGs into figures/. Sizes and shifts need what evaluate.py has found.
 Of several seeds, lines show the mean, bands go from the lowest to the highest. Each picture is a function that returns
-a Figure, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368) where a figure is named.
+a Figure, or None if there is nothing to show, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368) where a
+figure is named.
 """
 
 import math
