@@ -246,7 +246,7 @@ def run(args, model, data, optimizer, state, bar, stop):
     steps = steps_per_epoch(args, data)
     batches = stop.before(train_batches(args, data, state))
     saved = shown = time.perf_counter()
-    first, counted = state["step"] + FIRST_STEPS, None
+    first, since = state["step"] + FIRST_STEPS, None
     while (epoch := len(state["log"])) < args.epochs:
         start = time.perf_counter()
         if state["step"] < (epoch + 1) * steps:
@@ -261,13 +261,13 @@ def run(args, model, data, optimizer, state, bar, stop):
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {hits:.1%}")
             state["seconds"] += time.perf_counter() - start
             if state["step"] == first:
-                counted = state["seconds"]
-            elif counted is not None and state["seconds"] - counted > SPEED_SECONDS:
-                rate = (state["step"] - first) / (state["seconds"] - counted)  # steps a second
+                since = state["seconds"]
+            elif since is not None and state["seconds"] - since > SPEED_SECONDS:
+                rate = (state["step"] - first) / (state["seconds"] - since)  # steps a second
                 left = timedelta(seconds=round((args.epochs * steps - state["step"]) / rate))
                 end = f"{datetime.now() + left:%a %d %b %H:%M}"
                 tqdm.write(f"{rate * args.batch_size:.0f} images/s: about {left} to go, until {end}")
-                counted = None
+                since = None
         else:
             row = finish_epoch(args, model, data, optimizer, state, stop)
             tqdm.write(
