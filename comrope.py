@@ -50,6 +50,8 @@ class ComRoPE(nn.Module):
         if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
             sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
+        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
+            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
         R = self.block_rotations(pos, torch.promote_types(q.dtype, torch.float32))
         return rotate(q, R), rotate(k, R)
 

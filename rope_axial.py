@@ -46,8 +46,10 @@ class AxialRoPE(nn.Module):
         if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
             sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
+        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
+            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def rotation(self, pos):
@@ -84,7 +86,7 @@ def rotate(z, cos, sin):
     P = cos.shape[-1]
     a, b, rest = z.split([P, P, z.shape[-1] - 2 * P], dim=-1)
     a, b = a * cos - b * sin, a * sin + b * cos
-    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
         return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
 
 

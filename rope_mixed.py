@@ -40,7 +40,8 @@ class MixedRoPE(nn.Module):
         self.head_dim, self.num_heads, self.init = head_dim, num_heads, init
         freqs = torch.rand(num_heads, pos_dim, n)
         if init == "heo":
-            basis, upper = torch.linalg.qr(torch.randn(num_heads, pos_dim, pos_dim))  # columns: a head's directions
+            directions = torch.randn(num_heads, pos_dim, pos_dim, dtype=torch.float32)
+            basis, upper = torch.linalg.qr(directions)  # columns: a head's directions
             basis *= upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # any direction is as likely
             basis[..., -1] *= torch.linalg.det(basis).sign()[:, None]  # turned, not mirrored
             d = torch.arange(n)
@@ -54,8 +55,10 @@ class MixedRoPE(nn.Module):
         if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
             sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
+        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
+            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def rotation(self, pos):
@@ -79,7 +82,7 @@ def rotate(z, cos, sin):
     n = cos.shape[-1]
     a, b, rest = z.split([n, n, z.shape[-1] - 2 * n], dim=-1)
     a, b = a * cos - b * sin, a * sin + b * cos
-    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
         return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
 
 

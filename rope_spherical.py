@@ -49,8 +49,10 @@ class SphericalRoPE(nn.Module):
         if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
             sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
             raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
+        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
+            raise ValueError(f"pos must be (T, 2) or (B, T, 2) with T = {q.shape[2]}, got {tuple(pos.shape)}")
         angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def rotation(self, pos):
@@ -89,7 +91,7 @@ def rotate(z, cos, sin):
     (cos_u, cos_t), (sin_u, sin_t) = cos.unbind(-2), sin.unbind(-2)
     b, c = b * cos_t - c * sin_t, b * sin_t + c * cos_t  # roll
     a, b = a * cos_u - b * sin_u, a * sin_u + b * cos_u  # yaw
-    with torch.autocast(z.device.type, enabled=False):  # on a CPU it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
         return torch.cat([a.type_as(z), b.type_as(z), c.type_as(z), rest], dim=-1)
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.checkpoint import checkpoint
 
 import comrope
 import liere
@@ -213,6 +217,16 @@ def test_gradients_agree_with_finite_differences(name):
 
 
 @every_encoding
+def test_a_checkpoint_that_computes_it_again_has_the_same_gradients(name):
+    rope, draw = make(name)
+    pos, q, k = draw(T), *(torch.randn(2, H, T, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = [q, k, *rope.parameters()]
+    want = torch.autograd.grad(rope(q, k, pos), inputs, (k, q))
+    got = torch.autograd.grad(checkpoint(rope, q, k, pos, use_reentrant=False), inputs, (k, q))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@every_encoding
 def test_each_image_of_a_batch_can_have_its_own_positions(name):
     rope, draw = make(name)
     pos, q, k = draw(2, T), *torch.randn(2, 2, H, T, D, dtype=torch.float64)
@@ -250,6 +264,27 @@ def test_compiles_into_one_graph_that_serves_every_image_size(name):
                 torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["axial", "mixed", "spherical", "spherical-learned"])
+def test_a_compiled_table_is_kept_for_the_backward_pass(name):
+    """Otherwise a GPU would take every cosine anew for every image, in both passes: ten times the instructions."""
+    rope, draw = make(name, torch.float32)
+    forwards = []
+
+    def keep(graph, inputs):
+        forwards.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    q, k = torch.randn(2, 5, H, T, D).requires_grad_()
+    pos = draw(T)
+    torch.compile(rope, fullgraph=True, dynamic=False, backend=backend)(q, k, pos)
+    *_, output = forwards[0].graph.nodes
+    kept = [node.meta["val"] for node in output.args[0]]
+    table = 2 * rope.angle(pos, torch.float32).numel()  # cos and sin
+    assert sum(tensor.numel() for tensor in kept if len(tensor) != len(q)) >= table
+
+
 @every_encoding
 def test_a_changed_parameter_or_dtype_is_never_stale(name):
     rope, draw = make(name)
@@ -274,6 +309,23 @@ def test_what_is_fixed_survives_the_meta_device(name):
         assert torch.equal(back.rotation(pos), rope.rotation(pos))
 
 
+@pytest.mark.parametrize("name", ["axial", "mixed", "spherical-learned"])
+def test_shapes_can_be_had_from_the_meta_device(name):
+    with torch.device("meta"):
+        q, _ = ENCODINGS[name]()(torch.empty(2, H, T, D), torch.empty(2, H, T, D), torch.empty(T, 2))
+    assert q.is_meta and q.shape == (2, H, T, D)
+
+
+@every_encoding
+def test_can_be_made_under_another_default_dtype(name):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rope, q = ENCODINGS[name](), torch.randn(1, H, T, D)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.isfinite(rope(q, q, torch.zeros(T, pos_dim(rope)))[0]).all()
+
+
 @pytest.mark.parametrize("name", ["axial", "uniform", "spherical"])
 def test_a_bfloat16_model_keeps_its_fixed_frequencies_exact(name):
     rope, draw = make(name)
@@ -294,6 +346,9 @@ def test_wrong_shapes_are_refused(name):
         rope(q[:, :1], q[:, :1], draw(T))
     with pytest.raises(ValueError, match=rf"pos must be \(\.\.\., T, {M}\), got \(5, {M + 1}\)"):
         rope.rotation(torch.zeros(5, M + 1))
+    for pos in draw(T + 1), draw(1), draw(2, 1, T):  # class token forgotten, one position for all, a dimension too many
+        with pytest.raises(ValueError, match=rf"pos must be .* with T = {T}, got \({', '.join(map(str, pos.shape))}\)"):
+            rope(q, q, pos)
 
 
 @every_encoding
