@@ -13,6 +13,7 @@ import math
 from functools import partial
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 
@@ -122,6 +123,8 @@ class ViT(nn.Module):
 
     def compile(self, **options):
         """torch.compile the blocks, one by one: they share a graph, and so one of them is all that is compiled."""
+        # else an exponential's gradient would be taken in bfloat16, though loss.backward() is called outside of autocast
+        torch._functorch.config.backward_pass_autocast = "off"
         for block in self.blocks:
             block.compile(**options)
 

@@ -220,6 +220,21 @@ def test_all_blocks_compile_into_one_graph(pe):
     assert len(graphs) == 1 and len(calls) == 3
 
 
+@pytest.mark.parametrize("pe", ["liere", "comrope-ld"])
+def test_compiled_under_autocast_an_exponential_keeps_its_exact_gradient(pe):
+    model, images = ViT(pe, depth=1, num_heads=2, head_dim=16, img_size=16), torch.randn(4, 3, 16, 16)
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        return torch.autograd.grad(logits.float().square().sum(), model.blocks[0].attn.rope.parameters())
+
+    want = gradients()
+    model.compile(backend="aot_eager")
+    for got, grad in zip(gradients(), want, strict=True):
+        assert (got - grad).norm() < 1e-5 * grad.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pe", ["ape", "spherical"])
 def test_compiles_into_one_graph_for_any_image(pe):
