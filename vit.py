@@ -123,7 +123,7 @@ class ViT(nn.Module):
 
     def compile(self, **options):
         """torch.compile the blocks, one by one: they share a graph, and so one of them is all that is compiled."""
-        # else an exponential's gradient would be taken in bfloat16, though loss.backward() is called outside of autocast
+        # else exponentials' gradients would be taken in bfloat16, though loss.backward() is outside of autocast
         torch._functorch.config.backward_pass_autocast = "off"
         for block in self.blocks:
             block.compile(**options)
