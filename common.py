@@ -40,7 +40,7 @@ def number(kind, least=None, most=math.inf):
         try:
             value = kind(text)
             good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter from an integer of hundreds of digits
             good = False
         if not good:
             limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")

@@ -139,8 +139,8 @@ class Bearing(Dataset):
         """
         S = img_size or self.img_size
         grid = S // self.cell
-        if S % self.cell:
-            raise DataError(f"bearing is drawn in cells of {self.cell} pixels: its size must be a multiple, not {S}")
+        if S % self.cell or grid < 2:
+            raise DataError(f"bearing is drawn in cells of {self.cell} pixels: take two or more a side, not {S} pixels")
         top, left, side = REGIONS[region or self.region] if self.img_size == S else (0, 0, grid)
         random = {"device": device, "generator": generator}
         images = torch.randint(256, (n, 3, S, S), dtype=torch.uint8, **random)

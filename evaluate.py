@@ -85,29 +85,29 @@ def evaluate(run, args):
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_json(path)
-    for name, found in evaluations(model, data, args):
+    for name, found in evaluations(model, data, config["eval_size"] or data.img_size, args):
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
         write_json(path, results)
 
 
-def evaluations(model, data, args):
-    """Yields the name of a kind of evaluation and a dict of accuracies (%)."""
+def evaluations(model, data, size, args):
+    """Yields the name of a kind of evaluation and a dict of accuracies (%), at the size in pixels of the run's test."""
+    patch, told = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
     def test(pos=lambda: None, change=lambda images: images, **which):
         torch.manual_seed(0)
-        batches = ((change(images), labels) for images, labels in data.test_batches(**which))
+        batches = ((change(images), labels) for images, labels in data.test_batches(**{"img_size": size} | which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, prefix=0):
         def pos():
-            pos = model.positions(model.grid, model.grid)
+            pos = model.positions(size // patch, size // patch)
             pos[prefix:] += rho * model.spacing * torch.randn(2, device=pos.device)
             return pos
 
         return test(pos, batch_size=50)
 
-    patch, told = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
     yield "test", {"test": test()}
     if args.sizes is not None:
         sizes = args.sizes or [patch * round(times * model.grid) for times in SIZES]

@@ -201,7 +201,7 @@ def measured(name, column="accuracy", **flags):
 
     def cell(pe):
         rows = [row for row in read(name) if matches(row, flags | {"pe": pe})]
-        values = [float(row[column]) for row in rows if row[column]]
+        values = [float(row[column]) for row in rows if row.get(column)]
         if not values:
             return "-" if rows else NOT_MEASURED
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")

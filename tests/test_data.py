@@ -320,3 +320,25 @@ def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
         Bearing(batch_size=64, augment="3")
     with pytest.raises(DataError, match="cells of 4 pixels"):
         a.test_set(img_size=30)
+
+
+@pytest.mark.parametrize("fraction", [0.2, 1.0])
+def test_images_keep_their_labels(cifar, fraction):
+    packed = split(50, seed=50)
+    label = {i.tobytes(): n for i, n in zip(packed[b"data"], packed[b"fine_labels"], strict=True)}
+    task = cifar(fraction=fraction)
+    images, labels = task.train_batch(1)
+    images = (images * task.scale + task.shift).round().byte()
+    assert [label[i.numpy().tobytes()] for i in images] == labels.tolist()
+
+
+@pytest.mark.parametrize("img_size", [24, 48])
+def test_resized_test_images_clip_and_do_not_wrap(cifar, img_size):
+    task = cifar()
+    task.test_images[..., :16], task.test_images[..., 16:] = 0, 255
+    row = task.test_set(img_size)[0][0, 0, 0].int()  # bicubic overshoots at an edge
+    assert (row.diff() >= 0).all() and row[0] == 0 and row[-1] == 255
+
+
+def test_regions_are_quarters():
+    assert REGIONS == {"everywhere": (0, 0, 8), "upper left": (0, 0, 4), "lower right": (4, 4, 4)}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import SMALL, as_flags, complaint
+from test_train import SMALL, as_flags, complaint, make_imagenet, weights
 
 import evaluate
 import train
-from data import Bearing
+from data import REGIONS, Bearing
 from evaluate import shuffled
 from vit import ViT
 
@@ -151,3 +151,40 @@ def test_it_is_for_one_process(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
     assert evaluate.main(["run"]) == 2
     assert capsys.readouterr().err == "error: evaluate.py is for one process: start it with python, not with torchrun\n"
+
+
+def test_each_evaluation_is_of_the_images_that_it_names(monkeypatch):
+    run, seen = trained("axial"), []
+    monkeypatch.setattr(
+        evaluate, "accuracy", lambda _, batches, *__: seen.append(torch.cat([b[0] for b in batches])) or 0
+    )
+    evaluated(run, "--sizes", "24", "--shuffle", "--regions")
+    task = Bearing(batch_size=1)
+    which = [{}, {"img_size": 24}, {}, *({"region": region} for region in REGIONS)]
+    want = [task.normalise(task.test_set(**w)[0]) for w in which]
+    torch.manual_seed(0)
+    want[2] = shuffled(want[2], 4)
+    assert all(torch.equal(a, b) for a, b in zip(seen, want, strict=True))
+
+
+def test_a_run_is_evaluated_at_the_size_that_it_was_tested_at(monkeypatch):
+    make_imagenet("in")
+    settings = {
+        "dataset": "imagenet",
+        "data-dir": "in",
+        "img-size": 32,
+        "patch-size": 16,
+        "eval-size": 64,
+        "workers": 0,
+    }
+    run, accuracy, sizes = trained("spherical", *as_flags(settings)), evaluate.accuracy, set()
+
+    def spy(model, batches, *rest):
+        batches = list(batches)
+        sizes.update(images.shape[-1] for images, _ in batches)
+        return accuracy(model, batches, *rest)
+
+    monkeypatch.setattr(evaluate, "accuracy", spy)
+    found = evaluated(run, "--data-dir=in", "--shuffle", "--shift", "0")
+    assert sizes == {64}
+    assert found["shift"]["0"] == found["test"]["test"] == weights(run)["log"][-1]["test_accuracy"]

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -211,3 +212,31 @@ def test_every_price_was_measured_by_a_command_at_a_commit(path):
     script, *flags = shlex.split(found["command"])[1:]
     assert script == "benchmark.py" and benchmark.parse_args(flags).parts
     assert {row["pe"] for row in found["rows"] if row["part"] == "step"} == set(ENCODINGS)
+
+
+def test_every_column_shows_what_its_title_says(monkeypatch):
+    sizes = (24, 28, 32, 40, 48, 56, 64)
+    run = {"pe": "axial", "epochs": 50}
+    short = run | {"accuracy": 50} | {f"size {px}": px for px in sizes}
+    long = short | {"epochs": 400, "accuracy": 400} | {f"size {px}": 0 for px in sizes}
+    table7 = [run | {"fraction": part, "accuracy": 100 * part} for part in (0.2, 0.4, 0.6, 0.8)]
+    rows = {"table2": 3 * [short] + 2 * [long], "table7": table7}
+    monkeypatch.setattr(experiments, "read", lambda name: [{k: str(v) for k, v in row.items()} for row in rows[name]])
+    shown = {name: [cell("axial") for _, cell in TABLES[name]] for name in ("table2", "figure3", "table7")}
+    assert shown["table2"][1:] == ["400.0 ± 0.0", "2", "50.0 ± 0.0", "3"]
+    assert shown["figure3"] == [*(f"{px}.0 ± 0.0" for px in sizes), "3"]
+    assert shown["table7"][1:] == ["20.0", "40.0", "60.0", "80.0", "1"]
+
+
+def test_sets_hold_the_runs_and_evaluations_that_the_tables_show():
+    (table2, evaluations), (table7, _) = SETS["table2"], SETS["table7"]
+    assert {(run["pe"], run["seed"], run["epochs"]) for run in table2} == {*product(ENCODINGS, range(3), (50, 400))}
+    assert {(run["pe"], run["fraction"]) for run in table7} == {*product(ENCODINGS, (0.2, 0.4, 0.6, 0.8))}
+    assert evaluate.parse_args(["run", *evaluations.split()]).sizes == []
+
+
+def test_minutes_are_of_60_seconds(monkeypatch):
+    deadlines = []
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(experiments, "run_set", lambda name, deadline: deadlines.append(deadline))
+    assert experiments.main(["table2", "--minutes", "25"]) == 0 and deadlines == [1507]

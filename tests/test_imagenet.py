@@ -2,11 +2,13 @@
 
 import io
 import math
+import os
 import pickle
 import random
 import weakref
 from collections import Counter
 from shutil import rmtree
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -620,3 +622,25 @@ def test_faults_are_told_in_a_line(root, fault):
     with pytest.raises(DataError) as e:
         make(root, **options)
     assert str(e.value).startswith(message.replace("ROOT", str(root))) and "\n" not in str(e.value)
+
+
+def test_files_are_in_order_whatever_the_file_system_says(root, monkeypatch):
+    listdir, found = os.listdir, []
+    for order in 1, -1:
+        monkeypatch.setattr(os, "listdir", lambda path, order=order: sorted(listdir(path))[::order])
+        found.append(imagenet.find_images(root / "train", list(TRAIN))[0].tolist())
+    assert found[0] == found[1]
+
+
+def test_another_seed_crops_another_part(root):
+    a, b = (next(make(root, seed=seed).train_jobs(0))[1] for seed in (0, 1))
+    assert not set(a) & set(b)
+
+
+def test_crops_reach_the_whole_image():
+    draw = Mock(integers=lambda n: 0)
+    for extreme, side in (max, 300), (min, 85):  # 85: the square root of 0.08, of 300
+        draw.uniform = lambda low, high, extreme=extreme: (
+            0 if low < 0 else extreme(low, high)
+        )  # a square, if of a ratio
+        assert random_crop(300, 300, draw) == (0, 0, side, side)
