@@ -100,8 +100,8 @@ def skew_exp(A):
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     loses nothing of a small X, so that one s serves all norms up to the largest. The spectral norm of A is at most the
     square root of |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. To read that off makes the host
-    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, where R would not be a
-    rotation any more. (Products in TF32 instead of float32 would make R less exact.)
+    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, before R ceases to be
+    a rotation. (Products in TF32 instead of float32 would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A

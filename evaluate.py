@@ -11,7 +11,7 @@ Prints accuracies (%) and keeps them in evaluation.json beside each run.
 
 Shifts are drawn from N(0, rho^2) for x and y, rho in patches, anew for each 50 images. An encoding that is equivariant
 does not notice that all positions moved (Yu et al. 2025, figure 5). It does if the class token, its point of reference,
-is left behind. What accuracy a shuffle leaves is what needs no positions (Ostmeier et al. 2024, table 5).
+is left behind. What a shuffle takes shows how much a model leans on positions (Ostmeier et al. 2024, table 5).
 """
 
 import sys

@@ -136,7 +136,7 @@ def patterns(rope, pos):
 def equivariance_error(rope, p, q):
     """|R(p)^T R(q) - R(q - p)| for p (2,) and q (T, 2): (T,) spectral norms, from 0 to 2, of the worst head.
 
-    That is the most by which the score of a query and a key of norm 1 can depend on more than q - p.
+    That is the most by which the score of a query and a key of norm 1 at p and q can differ from theirs at 0 and q - p.
     """
     difference = rope.rotation(p[None]).mT @ rope.rotation(q) - rope.rotation(q - p)
     return torch.linalg.matrix_norm(difference, ord=2).amax(dim=0)

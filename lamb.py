@@ -1,4 +1,4 @@
-"""LAMB: Adam whose steps are as long as the weights they change (You et al. 2019, algorithm 2, arXiv 1904.00962).
+"""LAMB: Adam whose steps are in proportion to the weights they change (You et al. 2019, algorithm 2, arXiv 1904.00962).
 
 A step of Adam's changes each weight by about lr, which is little to a layer of large weights and much to one of small
 weights. LAMB takes Adam's direction u, and from the layer the length. For each parameter p, a tensor, with gradient g:

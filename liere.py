@@ -10,8 +10,8 @@ A token at position p = (x, y) turns its query and key by the exponential of a s
 
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
 RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). generators is (H, M, K, b, b), K = D // b blocks of b, of which the strict upper triangle counts: U. It
-begins in U[0, 1), in radians per unit of position, on a grid that spans [-pi, pi].
+2511.08368). generators is (H, M, K, b, b), K = D // b blocks of b, of which the strict upper triangle, U, counts. Its
+entries begin uniform in [0, 1), in radians per unit of position, on a grid that spans [-pi, pi].
 
 Channel order: block after block, then what no block needs, which passes unrotated. (arXiv 2406.10322)
 
@@ -94,8 +94,8 @@ def skew_exp(A):
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     loses nothing of a small X, so that one s serves all norms up to the largest. The spectral norm of A is at most the
     square root of |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. To read that off makes the host
-    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, where R would not be a
-    rotation any more. (Products in TF32 instead of float32 would make R less exact.)
+    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, before R ceases to be
+    a rotation. (Products in TF32 instead of float32 would make R less exact.)
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A

@@ -13,7 +13,7 @@ A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What
 The last line is proposition 3 of van de Geijn et al. 2025 (arXiv 2511.08368). All of it holds for M axes as for two.
 Frequencies w are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = theta^(-2d / D) with D = head_dim, one ladder shared by all heads and axes (their section 2.4)
+    fixed      w_d = theta^(-2d / D), D = head_dim, theta = 100: one ladder for all heads and axes (their section 2.4)
     uniform    w_d = 1: one turn across the training image
     learned    one for each head, axis and pair, drawn from U[0, 1)
 

@@ -18,7 +18,7 @@ Roll and yaw share the coordinate b, so their order matters. That is the point: 
 
 Frequencies w, v are in radians per unit of position, on a grid that spans [-pi, pi]:
 
-    fixed      w_d = v_d = theta^(-2d / D) with D = head_dim, one ladder shared by all heads
+    fixed      w_d = v_d = theta^(-2d / D), D = head_dim, theta = 100: one ladder shared by all heads
     learned    one for each head, axis and triplet, drawn from U[0, 1)
 
 Channel order: all a, all b, all c, then the one or two that no triplet needs, which pass unrotated: a head of 64 has 21

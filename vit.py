@@ -7,6 +7,7 @@ it did there. (timm's global_pool="avg" is pool="mean" if it was built with clas
 A rotary encoding turns q and k inside each attention and is told where the tokens are. The grid of patches of a
 training image spans [-pi, pi] on each axis, end points included; the class token sits at 0, where every rotation is the
 identity. An image of another size keeps its patches: a side of P, P0 in training, spans [-(P / P0) pi, (P / P0) pi].
+(So neighbours are a little closer to each other in a larger image.)
 """
 
 import math

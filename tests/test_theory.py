@@ -137,7 +137,7 @@ def test_counter_examples(make, p, q):
 
 
 def rope_basis(A):
-    """Skew-symmetric A (b, b) -> an orthogonal V whose columns 2j and 2j + 1 span a plane that A maps onto itself.
+    """Skew-symmetric A (b, b), invertible -> an orthogonal V whose columns 2j and 2j + 1 span a plane that A keeps.
 
     An eigenvector u + iv of A with eigenvalue iw has A u = -w v and A v = w u: u and v span such a plane, in which A is
     w times a quarter turn.
@@ -178,10 +178,26 @@ def test_proposition_1_liere_in_one_dimension_is_learned_rope_in_another_basis()
 # Proposition 2: in two dimensions every LieRE whose generators commute is Mixed RoPE, seen in another basis
 
 
-def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_basis():
-    U = torch.randn(H, D, D).triu(1)
-    A_x = U - U.mT
-    A_y = 0.5 * A_x - 0.1 * A_x @ A_x @ A_x  # all that commutes with a random A_x: its odd polynomials
+def skew(b):
+    U = torch.randn(H, b, b).triu(1)
+    return U - U.mT
+
+
+def an_odd_polynomial():
+    """What commutes with an A_x whose frequencies all differ."""
+    A_x = skew(D)
+    return A_x, 0.5 * A_x - 0.1 * A_x @ A_x @ A_x
+
+
+def factors_of_a_product():
+    """On the products of coordinates of two spaces, one space each: frequencies repeat, and of A_y some are 0."""
+    A, B, eye = skew(4), skew(3), torch.eye
+    return torch.stack([torch.kron(a, eye(3)) for a in A]), torch.stack([torch.kron(eye(4), b) for b in B])
+
+
+@pytest.mark.parametrize("commuting", [an_odd_polynomial, factors_of_a_product])
+def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_basis(commuting):
+    A_x, A_y = commuting()
     A = torch.stack([A_x, A_y], dim=1)  # (H, 2, D, D)
     assert (A_x @ A_y - A_y @ A_x).abs().max() < 1e-11
 
@@ -193,7 +209,7 @@ def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_b
 
     order = pair_channels(D // 2)
     for h in range(H):
-        V = rope_basis(A_x[h])  # its planes are A_y's too
+        V = rope_basis(A_x[h] + 0.37 * A_y[h])  # the planes of a generic mix are planes of both
         set_(mixed.freqs[h], quarter_turns(V.mT @ A[h] @ V))
         basis = torch.empty(D, D)
         basis[order] = V.mT
@@ -206,9 +222,9 @@ def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_b
 
 
 def mixed_difference(rope):
-    """s(x, y) - s(x, 0) - s(0, y) + s(0, 0) for a key at (x, y) and a query at the origin: 0 if s = f + g."""
-    pos = torch.tensor([[0.0, 0.0], [1.3, -0.7], [1.3, 0.0], [0.0, -0.7]])
-    s = scores(rope, *torch.randn(2, 1, H, 4, D)[..., :1, :].expand(-1, -1, -1, 4, -1), pos)[..., 0, :]
+    """s(x, y) - s(x, 0) - s(0, y) + s(0, 0) for a key at (x, y), and a query somewhere: 0 if s = f + g."""
+    pos = torch.tensor([[0.0, 0.0], [1.3, -0.7], [1.3, 0.0], [0.0, -0.7], [0.4, 0.9]])
+    s = scores(rope, *torch.randn(2, 1, H, 1, D).expand(-1, -1, -1, 5, -1), pos)[..., 4, :]  # the query is the last
     return (s[..., 1] - s[..., 2] - s[..., 3] + s[..., 0]).abs().max()
 
 
@@ -293,7 +309,10 @@ def test_spherical_without_roll_is_a_mixed_pair_and_a_free_channel():
 
 
 def test_the_other_order_of_yaw_and_roll_is_another_encoding():
-    """Order matters: R(-p)^T is roll after yaw, and it differs from R(p), which is yaw after roll."""
+    """Order matters: R(-p)^T is roll after yaw, and it differs from R(p), which is yaw after roll.
+
+    (In another basis it is Spherical RoPE with x and y exchanged: what changes is which axis keeps its shifts.)
+    """
     rope = SphericalRoPE(3, 1, learned=True)
     pos = torch.tensor([[1.0, 1.0]])
     assert (rope.rotation(pos) - rope.rotation(-pos).mT).abs().max() > 0.1

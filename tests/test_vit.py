@@ -125,7 +125,7 @@ def test_positions_span_minus_pi_to_pi_on_the_training_grid_and_grow_with_the_im
 
 @pytest.mark.parametrize("pe", ROTARY)
 def test_the_shift_of_all_positions(pe):
-    """Truth 7: equivariant encodings do not notice it, class token included; spherical ones do."""
+    """Equivariant encodings do not notice it, class token included; spherical ones and LieRE do."""
     model = small(pe).double()
     nn.init.normal_(model.blocks[0].attn.qkv.weight)  # attention that is far from uniform
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
