@@ -18,7 +18,8 @@ Channel order: block after block, then what no block needs, which passes unrotat
 
 The exponential is what costs. exp(theta_1 x B + theta_2 y B) = exp(theta_1 x B) exp(theta_2 y B), so it is taken of a
 grid's coordinates, not of its points: once of each distinct one, and of x for -x too, since exp(-A) = exp(A)^T. How
-many there are depends on the data, which no compiled graph should wait for: torch.compile has it taken of all points.
+many there are depends on the data, which no compiled graph should wait for: torch.compile and torch.jit.trace have it
+taken of all points.
 """
 
 import math
@@ -71,7 +72,7 @@ class ComRoPE(nn.Module):
         P, theta = self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT
         with torch.autocast(pos.device.type, enabled=False):
-            if torch.compiler.is_compiling() or pos.requires_grad:
+            if recorded() or pos.requires_grad:
                 return skew_exp(torch.einsum("...tm,mk,hkij->...htkij", pos.to(dtype), theta, B))
             x, index = pos.abs().unique(return_inverse=True)
             index = index + len(x) * (pos < 0)
@@ -107,15 +108,19 @@ def skew_exp(A):
     A2 = A @ A
     A3 = A2 @ A
     norm = (A2.detach().norm(dim=(-2, -1)).max() / math.sqrt(2)).sqrt()
-    compiling = torch.compiler.is_compiling()
-    most = 3200 if compiling else norm.item()
+    most = 3200 if recorded() else norm.item()
     s = max(0, math.frexp(most / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
     R = X + eye
-    return R.where(norm <= most, math.nan) if compiling else R
+    return R.where(norm <= most, math.nan) if recorded() else R
+
+
+def recorded():
+    """Whether this runs only to be compiled or traced: then no step may depend on the data."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def rotate(z, R):

@@ -285,6 +285,17 @@ def test_a_compiled_table_is_kept_for_the_backward_pass(name):
     assert sum(tensor.numel() for tensor in kept if len(tensor) != len(q)) >= table
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing warns of what is the same for all inputs
+@every_encoding
+def test_a_trace_serves_other_positions_and_sizes(name):
+    rope, draw = make(name, torch.float32)
+    traced = torch.jit.trace(rope, (*torch.randn(2, 5, H, T, D), draw(T)), check_trace=False)
+    for B, tokens, scale in (5, T, 10), (2, T + 4, 1):
+        q, k, pos = *torch.randn(2, B, H, tokens, D), scale * draw(tokens)
+        for got, want in zip(traced(q, k, pos), rope(q, k, pos), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=5e-4)
+
+
 @every_encoding
 def test_a_changed_parameter_or_dtype_is_never_stale(name):
     rope, draw = make(name)
