@@ -286,7 +286,7 @@ def test_a_compiled_table_is_kept_for_the_backward_pass(name):
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing warns of what is the same for all inputs
-@every_encoding
+@pytest.mark.parametrize("name", ["axial", "mixed-3d", "spherical", "comrope-ap", "comrope-ld", "liere", "liere-5"])
 def test_a_trace_serves_other_positions_and_sizes(name):
     rope, draw = make(name, torch.float32)
     traced = torch.jit.trace(rope, (*torch.randn(2, 5, H, T, D), draw(T)), check_trace=False)
