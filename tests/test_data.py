@@ -318,8 +318,9 @@ def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
         Bearing(batch_size=64, fraction=0.5)
     with pytest.raises(DataError, match="leave --augment out"):
         Bearing(batch_size=64, augment="3")
-    with pytest.raises(DataError, match="cells of 4 pixels"):
-        a.test_set(img_size=30)
+    for img_size in 30, 4:  # no whole cells; one cell for two squares
+        with pytest.raises(DataError, match="cells of 4 pixels"):
+            a.test_set(img_size=img_size)
 
 
 @pytest.mark.parametrize("fraction", [0.2, 1.0])

@@ -308,6 +308,7 @@ def bad(capsys, *flags):
         ("--block-size 13 --pe liere", ["from 2 to head_dim = 12"]),
         ("--jitter 1 --pe ape", ["--pe ape is told no positions"]),
         ("--seed -1", ["--seed", "from 0 up"]),
+        ("--seed " + "9" * 400, ["--seed", "from 0 up"]),
         ("--resume", ["no runs/bearing-spherical-s0/last.pt", "leave --resume out"]),
         ("--epoch 3", ["--epoch"]),
         ("--device gpu", ["--device gpu cannot be used", "try --device cpu"]),
