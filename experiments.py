@@ -1,6 +1,7 @@
 """Runs the experiments, keeps their results in results/, and writes the README's tables from these.
 
     python experiments.py bearing bearing-corner        # on a CPU: minutes a run
+    python experiments.py cifar100-small                # on a CPU: some ten minutes a run
     python experiments.py table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
     python experiments.py --report                      # the README's tables, from results/
 
@@ -32,6 +33,12 @@ def cifar(epochs, encodings=ENCODINGS, seeds=SEEDS, **flags):
     return [{"pe": pe, "seed": seed, "epochs": epochs, **flags} for seed in seeds for pe in encodings]
 
 
+def small(seeds=SEEDS):
+    """CIFAR-100 for those who have no GPU: bearing's ViT, as it trains there, for a few epochs."""
+    vit = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
+    return cifar(4, seeds=seeds, **vit, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
+
+
 def bearing(dataset, *pools):
     return [
         {"pe": pe, "seed": seed, "dataset": dataset, "pool": pool}
@@ -47,6 +54,7 @@ TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0
 SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and evaluate.py's flags, if it has a part
     "bearing": (bearing("bearing", "cls"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (bearing("bearing-corner", "cls", "mean"), "--regions"),
+    "cifar100-small": (small(), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),
 }
@@ -99,7 +107,7 @@ def run_set(name, deadline):
         if start + rate * epochs > deadline:
             raise Stopped("There is no time for another run. The same command goes on.")
         out = Path("runs", ",".join(f"{flag}={value}" for flag, value in flags.items()))
-        train = ["train.py", *(f"--{flag}={value}" for flag, value in flags.items())]
+        train = ["train.py", *as_flags(flags)]
         resume = ["--resume"] if (out / "last.pt").exists() else []
         call([*train, f"--out={out}", *resume], deadline)
         result = read_json(out / "result.json")
@@ -112,6 +120,10 @@ def run_set(name, deadline):
         row |= {key: result[key] for key in ("device", "torch", "commit")}
         append(name, row | {"command": shlex.join(["python", *train])})
         rate = max(rate, (time.monotonic() - start) / epochs)
+
+
+def as_flags(flags):
+    return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
 
 
 def call(script, deadline):
@@ -230,6 +242,19 @@ def seeds(name, **flags):
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)))
 
 
+def evaluated(name, *sizes):
+    """The columns of what evaluate.py has found."""
+    found = {f"{size} px": f"size {size}" for size in sizes} | {
+        "all shifted by 4": "shift 4",
+        "by 16": "shift 16",
+        "patches shifted by 1": "patch shift 1",
+        "by 4": "patch shift 4",
+        "shuffled": "patches shuffled",
+    }
+    columns = [(title, measured(name, column)) for title, column in found.items()]
+    return [("test", measured(name)), *columns, ("seeds", seeds(name))]
+
+
 TABLES = {  # name: its columns after the encoding's, each one a title and what stands there for an encoding
     "table2": [
         ("published, 400 epochs", published("table2")),
@@ -242,6 +267,7 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
+    "cifar100-small": evaluated("cifar100-small", 24, 48, 64),
     "prices": [
         ("training step, published", published("prices")),
         ("on a GPU", priced("cuda", "training step")),
@@ -256,17 +282,7 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
         ("seeds", seeds("table7", fraction=0.2)),
     ],
-    "bearing": [
-        ("test", measured("bearing")),
-        ("48 px", measured("bearing", "size 48")),
-        ("64 px", measured("bearing", "size 64")),
-        ("all shifted by 4", measured("bearing", "shift 4")),
-        ("by 16", measured("bearing", "shift 16")),
-        ("patches shifted by 1", measured("bearing", "patch shift 1")),
-        ("by 4", measured("bearing", "patch shift 4")),
-        ("shuffled", measured("bearing", "patches shuffled")),
-        ("seeds", seeds("bearing")),
-    ],
+    "bearing": evaluated("bearing", 48, 64),
     "bearing-corner": [
         ("class token: where learned", measured("bearing-corner", "region upper left", pool="cls")),
         ("opposite", measured("bearing-corner", "region lower right", pool="cls")),

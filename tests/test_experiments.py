@@ -145,7 +145,7 @@ def test_prices_come_from_the_benchmarks_file(monkeypatch, tmp_path):
 def test_every_set_asks_for_what_the_scripts_take(capsys):
     for runs, evaluation in SETS.values():
         for flags in runs:
-            args = train.parse_args(as_flags(flags))
+            args = train.parse_args(experiments.as_flags(flags))
             assert args.pe == flags["pe"] and args.seed == flags["seed"]
         evaluate.parse_args(["run", *evaluation.split()])
     for flags in ["no such set"], [], ["table2", "--minutes", "0"]:
