@@ -410,12 +410,18 @@ def curves(runs):
 
 def sizes(runs):
     """Test accuracy by the size of the images, patches kept (figure 3)."""
-    if found := by_name(runs, lambda run: {int(size): y for size, y in run.evaluation.get("size", {}).items()}):
+    model = runs[0].model
+    trained = model.grid * model.patch_embed.proj.stride[0]
+
+    def values(run):
+        found = {int(size): y for size, y in run.evaluation.get("size", {}).items()}
+        return found and {run.config["eval_size"] or trained: run.evaluation["test"]["test"]} | found
+
+    if found := by_name(runs, values):
         size, accuracy, name = best(found)
         title = f"{name} does best on the largest images, {accuracy:.1f} % at {size} pixels"
         figure, [axes] = lines(title, ("side of the test images in pixels; the line: of the training images", found))
-        model = runs[0].model
-        axes.axvline(model.grid * model.patch_embed.proj.stride[0], color=PALE, zorder=0)
+        axes.axvline(trained, color=PALE, zorder=0)
         axes.set_xticks(sorted(set().union(*found.values())))
         return figure
 

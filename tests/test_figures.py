@@ -244,7 +244,7 @@ def test_what_is_drawn_of_runs_is_what_they_say():
         Path(run, "result.json").write_text(json.dumps(result))
     read = read_runs(map(Path, runs))
     [line] = [line for line in figures.sizes(read).axes[0].lines if line.get_label() == "mixed"]
-    assert list(line.get_xdata()) == [24, 48] and list(line.get_ydata()) == [20, 50]
+    assert list(line.get_xdata()) == [24, 32, 48] and list(line.get_ydata()) == [20, 80, 50]
     [line] = figures.shifts(read).axes[0].lines
     assert list(line.get_xdata()) == [0, 2] and list(line.get_ydata()) == [80, 50]
     lines = {line.get_label(): line for line in figures.curves(read).axes[0].lines}
