@@ -364,9 +364,14 @@ def by_name(runs, values):
 
 
 def best(found):
-    """The last x, and the highest mean there and whose it is."""
+    """The last x, and the (name, mean) of the two that are highest there."""
     x = max(map(max, found.values()))
-    return x, *max((mean(points[x]), name) for name, points in found.items() if x in points)
+    means = [(name, mean(points[x])) for name, points in found.items() if x in points]
+    return x, sorted(means, key=lambda entry: entry[1], reverse=True)[:2]
+
+
+def ranked(entries):
+    return ", then ".join(f"{name}, {accuracy:.1f} %" for name, accuracy in entries)
 
 
 def look(name):
@@ -403,9 +408,11 @@ def finish(panels):
 def curves(runs):
     """Test accuracy by epoch."""
     if found := by_name(runs, lambda run: {row["epoch"]: row["test_accuracy"] for row in run.log}):
-        epoch, accuracy, name = best(found)
-        title = f"{name} is the most accurate, {accuracy:.1f} % after epoch {epoch}"
-        return lines(title, (f"epoch on {runs[0].config['dataset']}", found))[0]
+        epoch, first = best(found)
+        title = f"The best after epoch {epoch}: {ranked(first)}"
+        figure, [axes] = lines(title, (f"epoch on {runs[0].config['dataset']}", found))
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+        return figure
 
 
 def sizes(runs):
@@ -418,8 +425,8 @@ def sizes(runs):
         return found and {run.config["eval_size"] or trained: run.evaluation["test"]["test"]} | found
 
     if found := by_name(runs, values):
-        size, accuracy, name = best(found)
-        title = f"{name} does best on the largest images, {accuracy:.1f} % at {size} pixels"
+        size, first = best(found)
+        title = f"The best on images of {size} pixels: {ranked(first)}"
         figure, [axes] = lines(title, ("side of the test images in pixels; the line: of the training images", found))
         axes.axvline(trained, color=PALE, zorder=0)
         axes.set_xticks(sorted(set().union(*found.values())))
@@ -455,9 +462,9 @@ def cost(runs):
         fastest = max(run.result["images_per_second"] for run in done)
         time = by_name(done, lambda run: {"": fastest / run.result["images_per_second"]})
         accuracy = by_name(done, lambda run: {"": run.result["test_accuracy"]})
-        _, highest, name = best(accuracy)
-        price = mean(time[name][""])
-        figure = titled(f"{name} is the most accurate, {highest:.1f} % for {price:.2g} times the least time", 4.2)
+        _, first = best(accuracy)
+        dearest = max(mean(points[""]) for points in time.values())
+        figure = titled(f"The best: {ranked(first)}; times differ by up to {dearest:.2f}", 4.2)
         axes = figure.subplots()
         for name in time:
             axes.plot(time[name][""], accuracy[name][""], label=name, **look(name) | {"linestyle": ""})

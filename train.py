@@ -424,6 +424,7 @@ def plot(args, log):
         axes.plot(
             [row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour, label=name.split("_")[0]
         )
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
     right.legend(frameon=False)
