@@ -371,7 +371,7 @@ def best(found):
 
 
 def ranked(entries):
-    return ", then ".join(f"{name}, {accuracy:.1f} %" for name, accuracy in entries)
+    return ", then ".join(f"{name} {accuracy:.1f} %" for name, accuracy in entries)
 
 
 def look(name):
@@ -409,7 +409,7 @@ def curves(runs):
     """Test accuracy by epoch."""
     if found := by_name(runs, lambda run: {row["epoch"]: row["test_accuracy"] for row in run.log}):
         epoch, first = best(found)
-        title = f"The best after epoch {epoch}: {ranked(first)}"
+        title = f"Best after epoch {epoch}: {ranked(first)}"
         figure, [axes] = lines(title, (f"epoch on {runs[0].config['dataset']}", found))
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         return figure
@@ -426,7 +426,7 @@ def sizes(runs):
 
     if found := by_name(runs, values):
         size, first = best(found)
-        title = f"The best on images of {size} pixels: {ranked(first)}"
+        title = f"Best at {size} pixels: {ranked(first)}"
         figure, [axes] = lines(title, ("side of the test images in pixels; the line: of the training images", found))
         axes.axvline(trained, color=PALE, zorder=0)
         axes.set_xticks(sorted(set().union(*found.values())))
@@ -464,7 +464,7 @@ def cost(runs):
         accuracy = by_name(done, lambda run: {"": run.result["test_accuracy"]})
         _, first = best(accuracy)
         dearest = max(mean(points[""]) for points in time.values())
-        figure = titled(f"The best: {ranked(first)}; times differ by up to {dearest:.2f}", 4.2)
+        figure = titled(f"Best: {ranked(first[:1])}; times differ by up to {dearest:.2f}", 4.2)
         axes = figure.subplots()
         for name in time:
             axes.plot(time[name][""], accuracy[name][""], label=name, **look(name) | {"linestyle": ""})

@@ -262,7 +262,7 @@ def test_what_is_drawn_of_runs_is_what_they_say():
 def test_a_title_names_the_first_two_at_the_last_x():
     found = {"a": {1: [9.0], 2: [5.0, 7.0]}, "b": {2: [8.0]}, "c": {1: [99.0]}, "d": {2: [1.0]}}
     x, first = figures.best(found)
-    assert (x, first) == (2, [("b", 8.0), ("a", 6.0)]) and figures.ranked(first) == "b, 8.0 %, then a, 6.0 %"
+    assert (x, first) == (2, [("b", 8.0), ("a", 6.0)]) and figures.ranked(first) == "b 8.0 %, then a 6.0 %"
 
 
 def bad(capsys, *flags):
