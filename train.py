@@ -65,6 +65,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         return failed("the GPU's memory is full: try --micro-batch, or a smaller one, or a smaller model")
     except RuntimeError as e:
+        if any(lack in str(e) for lack in ("No working C++ compiler", "Failed to find C compiler")):
+            return failed("torch.compile needs a C++ compiler: install one, or add --no-compile")
         if WORLD_SIZE > 1 and "by peer" in str(e):  # another process is gone, and has said why
             return 1
         raise

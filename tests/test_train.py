@@ -357,6 +357,15 @@ def test_a_full_gpu_is_told(where, capsys, monkeypatch):
     assert "try --micro-batch" in bad(capsys, "--out", "a")
 
 
+@pytest.mark.parametrize("lack", ["No working C++ compiler found in", "Failed to find C compiler. Please"])
+def test_a_missing_compiler_is_told(lack, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", Mock(side_effect=RuntimeError(f"InductorError: {lack} ...")))
+    assert "--no-compile" in bad(capsys, "--out", "a")
+    monkeypatch.setattr(train, "train_step", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main([*TINY, "--out", "b"])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(capsys, monkeypatch):
     interrupted(monkeypatch, 5, "--out", "a")
