@@ -233,6 +233,12 @@ def test_sets_hold_the_runs_and_evaluations_that_the_tables_show():
     assert {(run["pe"], run["seed"], run["epochs"]) for run in table2} == {*product(ENCODINGS, range(3), (50, 400))}
     assert {(run["pe"], run["fraction"]) for run in table7} == {*product(ENCODINGS, (0.2, 0.4, 0.6, 0.8))}
     assert evaluate.parse_args(["run", *evaluations.split()]).sizes == []
+    for name in "bearing", "cifar100-small":
+        args = evaluate.parse_args(["run", *SETS[name][1].split()])
+        assert (args.shift, args.patch_shift, args.shuffle) == ([4, 16], [1, 4], True)
+        shown = {title for title, _ in TABLES[name] if title.endswith(" px")}
+        assert shown and shown <= {f"{size} px" for size in args.sizes}
+    assert {(run["pe"], run["seed"]) for run in SETS["cifar100-small"][0]} == {*product(ENCODINGS, range(3))}
 
 
 def test_minutes_are_of_60_seconds(monkeypatch):
