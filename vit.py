@@ -12,6 +12,7 @@ identity. An image of another size keeps its patches: a side of P, P0 in trainin
 
 import math
 from functools import partial
+from inspect import signature
 
 import torch
 import torch._functorch.config
@@ -78,12 +79,14 @@ class ViT(nn.Module):
         dim, self.grid = num_heads * head_dim, img_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, dim)) if pe == "ape" else None
+        self.pos_embed = (
+            nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid**2, dim)) if pe == "ape" else None
+        )
         self.pos_drop = nn.Dropout(dropout)
         make_rope = ENCODINGS[pe]
         if make_rope is None and pe_options:
             raise TypeError(f"{pe} has no options, got {', '.join(pe_options)}")
-        if pe == "mixed":  # its initialisation counts in patches
+        if make_rope is not None and "grid" in signature(make_rope).parameters:  # its initialisation counts in patches
             pe_options = {"grid": self.grid} | pe_options
         self.blocks = nn.ModuleList(
             Block(
@@ -106,7 +109,7 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(p, std=0.02)
 
     @property
-    def prefix(self):
+    def num_prefix_tokens(self):
         """Tokens in front of the patches: 1 with a class token, else 0."""
         return 0 if self.cls_token is None else 1
 
@@ -120,7 +123,7 @@ class ViT(nn.Module):
         device = self.head.weight.device
         x, y = (grid_axis(n, self.grid, device) for n in (width, height))
         pos = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
-        return torch.cat([pos.new_zeros(self.prefix, 2), pos])
+        return torch.cat([pos.new_zeros(self.num_prefix_tokens, 2), pos])
 
     def compile(self, **options):
         """torch.compile the blocks, one by one: they share a graph, and so one of them is all that is compiled."""
@@ -139,7 +142,7 @@ class ViT(nn.Module):
         if pos is None:
             pos = self.positions(height, width)
         x = x.flatten(2).mT  # (B, height * width, dim)
-        if self.prefix:
+        if self.num_prefix_tokens:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.interpolated_pos_embed(height, width)
@@ -147,13 +150,13 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x, pos)
         x = self.norm(x)
-        return self.head(self.fc_norm(x[:, 0] if self.prefix else x.mean(dim=1)))
+        return self.head(self.fc_norm(x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)))
 
     def interpolated_pos_embed(self, height, width):
         """The learned position embedding (1, T, dim), resampled to another grid as timm does it."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embed
-        prefix, grid = self.pos_embed[:, : self.prefix], self.pos_embed[:, self.prefix :]
+        prefix, grid = self.pos_embed[:, : self.num_prefix_tokens], self.pos_embed[:, self.num_prefix_tokens :]
         grid = grid.mT.unflatten(-1, (self.grid, self.grid))
         grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
         return torch.cat([prefix, grid.flatten(2).mT], dim=1)

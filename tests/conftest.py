@@ -1,6 +1,168 @@
-"""What holds for all tests."""
+"""What the tests share: encodings by name, tiny runs, small data sets, and the one line that a user's mistake gets."""
 
 import os
 
 # One thread a process: pytest -n auto has a process for each core, and small tensors keep no second thread busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import inspect
+import io
+import itertools
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab.data import Bearing
+from vit import ENCODINGS, ViT
+
+ROOT = Path(__file__).parents[1]
+
+# The encodings: a new line in vit.py's table is tested like all others.
+
+ROTARY = [pe for pe, make in ENCODINGS.items() if make is not None]
+
+
+def promises_equivariance(pe):
+    """Whether the docstring of an encoding's file says "equivariant" or "not equivariant"; None if it says neither."""
+    text = inspect.getmodule(type(ENCODINGS[pe](64, 1))).__doc__ or ""
+    return not re.search(r"\bnot\s+equivariant", text) if "equivariant" in text else None
+
+
+EQUIVARIANT = [pe for pe in ROTARY if promises_equivariance(pe) is True]
+NOT_EQUIVARIANT = [pe for pe in ROTARY if promises_equivariance(pe) is False]
+
+
+@pytest.fixture
+def default_dtype():
+    """torch.set_default_dtype, for one test."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64(default_dtype):
+    """Everything is drawn and computed in float64, the same at each run."""
+    torch.manual_seed(0)
+    default_dtype(torch.float64)
+
+
+def scores(rope, q, k, pos):
+    """Every query's score with every key: (B, H, T, T)."""
+    q, k = rope(q, k, pos)
+    return q @ k.mT
+
+
+def small_vit(pe, **options):
+    """Two layers of two heads that do not attend evenly, so that positions count; in evaluation mode."""
+    torch.manual_seed(0)
+    vit = ViT(pe, **{"num_classes": 10, "depth": 2, "num_heads": 2, "head_dim": 24} | options).eval()
+    if vit.blocks:
+        torch.nn.init.normal_(vit.blocks[0].attn.qkv.weight)
+    return vit
+
+
+# The layout of channels and of LieRE's parameters: no test knows them but through these
+
+
+def group(j, n, size):
+    """The channels of group j of n pairs or triplets. (The blocks of LieRE and ComRoPE are neighbours.)"""
+    return [j + i * n for i in range(size)]
+
+
+def get_generators(liere):
+    """A_1, ..., A_M of each head, in blocks: skew-symmetric, (H, M, K, b, b)."""
+    U = liere.generators.detach().triu(1)
+    return U - U.mT
+
+
+def set_generators(liere, A):
+    liere.generators.data.copy_(A.triu(1))
+
+
+# Tiny runs of train.py
+
+SMALL = {"dataset": "bearing", "device": "cpu", "depth": 2, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 3}
+
+
+def as_flags(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def tiny_bearing(monkeypatch, tmp_path):
+    """Four steps of 16 images per epoch, 50 test images, and an empty working directory to write into."""
+    monkeypatch.setattr(Bearing, "train_size", 64)
+    monkeypatch.setattr(Bearing, "test_size", 50)
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(out):
+    """What last.pt holds in the run's folder."""
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def complaint(capsys, main, *flags):
+    """The one line that a script's main ends with, exit code 2, given flags that cannot be."""
+    capsys.readouterr()
+    code = main([*map(str, flags)])
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+# Small data sets in the official formats
+
+
+def make_imagenet(root, n=8):
+    """Three classes of noise in ImageNet's layout, n images in each."""
+    rng = np.random.default_rng(0)
+    for part, name, i in itertools.product(("train", "val"), "abc", range(n)):
+        path = Path(root, part, name, f"{i}.jpeg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings as Python 2 wrote them."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    def save_bytes(self, raw):
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.memoize(raw)
+
+    dispatch[bytes] = save_bytes
+
+
+def pickled(content):
+    """As CIFAR-100's official files are: protocol 2, byte strings, numpy's old module name."""
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def cifar_split(n, seed=0):
+    """The content of CIFAR-100's train or test file, with n images of noise."""
+    random = np.random.default_rng(seed)
+    return {
+        b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8),
+        b"fine_labels": random.integers(0, 100, n).tolist(),
+        b"coarse_labels": [0] * n,
+        b"filenames": [b"a.png"] * n,
+        b"batch_label": b"training batch 1 of 1",
+    }
+
+
+class Call:
+    """What pickles to a call of a function: a file that would run code."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-import augment
-from augment import (
+from lab import augment
+from lab.augment import (
     BLUR,
     GREY,
     SOLARIZE,

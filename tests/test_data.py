@@ -12,40 +12,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import Call, cifar_split, pickled
 from PIL import Image
 
-import data
-from data import CIFAR100, REGIONS, Bearing, BearingCorner, DataError, batch_indices
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes byte strings as Python 2 wrote them."""
-
-    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
-
-    def save_bytes(self, raw):
-        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
-        self.memoize(raw)
-
-    dispatch[bytes] = save_bytes
-
-
-def pickled(content):
-    """As the official files are: protocol 2, byte strings, numpy's old module name."""
-    buffer = io.BytesIO()
-    Python2Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def split(n, seed=0):
-    random = np.random.default_rng(seed)
-    return {
-        b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8),
-        b"fine_labels": random.integers(0, 100, n).tolist(),
-        b"coarse_labels": [0] * n,
-        b"filenames": [b"a.png"] * n,
-        b"batch_label": b"training batch 1 of 1",
-    }
+from lab import data
+from lab.cli import UserError
+from lab.data import CIFAR100, REGIONS, Bearing, BearingCorner, batch_indices
 
 
 @pytest.fixture
@@ -54,7 +26,7 @@ def archive(tmp_path, monkeypatch):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, n in (("train", 50), ("test", 20)):
-            raw = pickled(split(n, seed=n))
+            raw = pickled(cifar_split(n, seed=n))
             info = tarfile.TarInfo(f"cifar-100-python/{name}")
             info.size = len(raw)
             tar.addfile(info, io.BytesIO(raw))
@@ -96,10 +68,10 @@ def test_downloads_once_and_reads_what_was_packed(archive, serve, tmp_path):
     for _ in range(2):
         cifar = CIFAR100(root, batch_size=10).load()
     assert requests == ["/cifar-100-python.tar.gz"]
-    test = split(20, seed=20)
+    test = cifar_split(20, seed=20)
     assert np.array_equal(cifar.test_images.flatten(1).numpy(), test[b"data"])
     assert cifar.test_labels.tolist() == test[b"fine_labels"]
-    train = split(50, seed=50)
+    train = cifar_split(50, seed=50)
     assert sorted(cifar.labels.tolist()) == sorted(train[b"fine_labels"])
     assert {i.numpy().tobytes() for i in cifar.images} == {i.tobytes() for i in train[b"data"]}
     assert sorted(os.listdir(root)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
@@ -124,7 +96,7 @@ def test_takes_an_archive_that_is_there_already(archive, serve, tmp_path):
 )
 def test_a_failed_download_says_why_and_leaves_nothing(archive, serve, tmp_path, content, announced, says):
     serve(content(archive), announced)
-    with pytest.raises(DataError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         CIFAR100(tmp_path, batch_size=10).load()
     assert "run again" in str(error.value) and "\n" not in str(error.value)
     assert not os.listdir(tmp_path)
@@ -133,7 +105,7 @@ def test_a_failed_download_says_why_and_leaves_nothing(archive, serve, tmp_path,
 def test_a_damaged_archive_of_the_users_is_told_and_left_alone(archive, tmp_path):
     path = tmp_path / "cifar-100-python.tar.gz"
     path.write_bytes(archive[:-1])
-    with pytest.raises(DataError, match="delete it and run again"):
+    with pytest.raises(UserError, match="delete it and run again"):
         CIFAR100(tmp_path, batch_size=10).load()
     assert path.read_bytes() == archive[:-1]
 
@@ -149,14 +121,6 @@ def test_an_archive_cannot_write_outside_its_folder(archive, serve, tmp_path, mo
     root = tmp_path / "a" / "b"
     CIFAR100(root, batch_size=10).load()
     assert not list(tmp_path.rglob("evil")) and sorted(os.listdir(root / "cifar-100-python")) == ["test", "train"]
-
-
-class Call:
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(
@@ -175,7 +139,7 @@ class Call:
 def test_a_pickle_that_would_run_code_is_refused(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train").write_bytes(hostile())
-    with pytest.raises(DataError, match="it asks for"):
+    with pytest.raises(UserError, match="it asks for"):
         data.read_cifar100(tmp_path / "train")
     assert os.listdir(tmp_path) == ["train"]
     if b"mkdir" in hostile():
@@ -188,11 +152,11 @@ def test_a_pickle_that_would_run_code_is_refused(hostile, tmp_path, monkeypatch)
     [
         b"",
         b"not a pickle",
-        pickled(split(5))[:-50],
-        pickled({**split(5), b"fine_labels": [0] * 4}),
-        pickled({**split(5), b"fine_labels": [100] * 5}),
-        pickled({**split(5), b"data": np.zeros((5, 3072), np.float32)}),
-        pickled({**split(5), b"data": np.zeros((5, 99), np.uint8)}),
+        pickled(cifar_split(5))[:-50],
+        pickled({**cifar_split(5), b"fine_labels": [0] * 4}),
+        pickled({**cifar_split(5), b"fine_labels": [100] * 5}),
+        pickled({**cifar_split(5), b"data": np.zeros((5, 3072), np.float32)}),
+        pickled({**cifar_split(5), b"data": np.zeros((5, 99), np.uint8)}),
         pickled({b"data": np.zeros((5, 3072), np.uint8)}),
         pickled([np.zeros(1)]),
         None,
@@ -201,7 +165,7 @@ def test_a_pickle_that_would_run_code_is_refused(hostile, tmp_path, monkeypatch)
 def test_a_damaged_file_is_told(raw, tmp_path):
     if raw is not None:
         (tmp_path / "test").write_bytes(raw)
-    with pytest.raises(DataError, match=r"cannot read .*delete .* and run again"):
+    with pytest.raises(UserError, match=r"cannot read .*delete .* and run again"):
         data.read_cifar100(tmp_path / "test")
 
 
@@ -314,18 +278,18 @@ def test_bearings_test_set_is_fixed_and_its_training_images_are_new_each_time():
     torch.manual_seed(0)
     assert torch.equal(images, b.train_batch(7)[0])
     assert images.shape == (64, 3, 32, 32) and abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
-    with pytest.raises(DataError, match="leave --fraction out"):
+    with pytest.raises(UserError, match="leave --fraction out"):
         Bearing(batch_size=64, fraction=0.5)
-    with pytest.raises(DataError, match="leave --augment out"):
+    with pytest.raises(UserError, match="leave --augment out"):
         Bearing(batch_size=64, augment="3")
     for img_size in 30, 4:  # no whole cells; one cell for two squares
-        with pytest.raises(DataError, match="cells of 4 pixels"):
+        with pytest.raises(UserError, match="cells of 4 pixels"):
             a.test_set(img_size=img_size)
 
 
 @pytest.mark.parametrize("fraction", [0.2, 1.0])
 def test_images_keep_their_labels(cifar, fraction):
-    packed = split(50, seed=50)
+    packed = cifar_split(50, seed=50)
     label = {i.tobytes(): n for i, n in zip(packed[b"data"], packed[b"fine_labels"], strict=True)}
     task = cifar(fraction=fraction)
     images, labels = task.train_batch(1)

@@ -1,248 +1,167 @@
-"""The experiments: what is run and what is skipped, what a row says, and that the README shows what results/ holds."""
+"""Experiments: which runs are made, what their rows say, and tables of what was measured."""
 
-import csv
-import json
-import math
 import re
 import shlex
+import signal
 import subprocess
 import time
-from itertools import product
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-from test_train import as_flags, complaint
+from conftest import SMALL, as_flags, complaint
 
-import benchmark
-import evaluate
-import experiments
 import train
-from data import Bearing
-from experiments import SETS, TABLES, Stopped, measured, priced, read, run_set, seeds, table
+from lab import evaluate, experiments
+from lab.cli import UserError
+from lab.environment import environment
+from lab.experiments import SAME, SETS, TABLES, append, read, table
+from lab.files import write_json
 from vit import ENCODINGS
 
-ROOT = Path(__file__).parents[1]
-SMALL = {"dataset": "bearing", "depth": 1, "heads": 1, "head-dim": 8, "batch-size": 32, "epochs": 1}
+
+@pytest.fixture(autouse=True)
+def tiny_set(monkeypatch, tiny_bearing, tmp_path):
+    """An empty folder of results, and a set of three tiny runs."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "PUBLISHED", {})
+    flags = {flag: value for flag, value in SMALL.items() if flag != "device"} | {"epochs": 1, "seed": 1}
+    monkeypatch.setitem(SETS, "tiny", ([{"pe": pe} | flags for pe in ("none", "ape", "axial")], "--shift 4 --shuffle"))
 
 
-@pytest.fixture
-def calls(monkeypatch, tmp_path):
-    """Runs scripts in this process, on a tiny task and a set "tiny" of two runs; a list of what was called."""
-    monkeypatch.setattr(Bearing, "train_size", 64)
-    monkeypatch.setattr(Bearing, "test_size", 50)
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    runs = [{"pe": pe, "seed": 1} | SMALL for pe in ("ape", "axial")]
-    monkeypatch.setitem(SETS, "tiny", (runs, "--shift 4 --shuffle"))
-    monkeypatch.chdir(tmp_path)
-    calls = []
+def pretend(script, deadline):
+    """Write the files of train.py or lab.evaluate without training: each accuracy is the number that was asked for."""
+    if script[0] == "train.py":
+        args = train.parse_args(script[1:])
+        args.out.mkdir(parents=True)
+        result = dict.fromkeys(("train_seconds", "images_per_second", "device", "torch", "commit"), 1)
+        result |= {"epochs": args.epochs, "test_accuracy": 100 * args.fraction if args.fraction < 1 else args.epochs}
+        return write_json(args.out / "result.json", result)
+    args = evaluate.parse_args(script[1:])
+    sizes = [4 * round(8 * times) for times in evaluate.SIZES] if args.sizes == [] else args.sizes
+    asked = {"size": sizes, "shift": args.shift, "patch shift": args.patch_shift}
+    found = {kind: {f"{x:g}": x for x in numbers or []} for kind, numbers in asked.items()}
+    found |= {"patches": {"shuffled": 1}} if args.shuffle else {}
+    found |= {"region": {"everywhere": 1, "upper left": 1, "lower right": 1}} if args.regions else {}
+    write_json(args.runs[0] / "evaluation.json", found)
 
+
+def test_a_run_is_trained_and_evaluated_once_and_becomes_a_row(monkeypatch):
     def call(script, deadline):
-        calls.append(script)
-        assert {"train.py": train, "evaluate.py": evaluate}[script[0]].main(script[1:]) == 0
+        calls.append(script[0])
+        main = {"train.py": train, "lab/evaluate.py": evaluate}[script[0]].main
+        assert main([*script[1:], "--device=cpu"]) == 0
 
+    calls = []
     monkeypatch.setattr(experiments, "call", call)
-    return calls
-
-
-def test_a_run_becomes_a_row_and_is_not_run_again(calls, tmp_path):
-    run_set("tiny", math.inf)
-    assert [script[0] for script in calls] == ["train.py", "evaluate.py"] * 2
-    with open(tmp_path / "results" / "tiny.csv", newline="") as f:
-        ape, axial = rows = list(csv.DictReader(f))
-    assert rows == read("tiny")
+    assert experiments.main(["tiny"]) == 0 and calls == ["train.py", "lab/evaluate.py"] * 3
+    _, ape, axial = rows = read("tiny")
     assert {"pe": "axial", "seed": "1", "epochs": "1", "dataset": "bearing"}.items() <= axial.items()
     assert axial["shift 4"] == axial["accuracy"] and ape["shift 4"] == "" and ape["patches shuffled"]
-    assert float(axial["seconds"]) > 0 and float(axial["images_per_second"]) > 0 and axial["torch"] and axial["device"]
-    assert len(re.match("[0-9a-f]{40}", axial["commit"])[0]) == 40
+    assert float(axial["seconds"]) > 0 and float(axial["images_per_second"]) > 0
+    assert all(axial[name] == (environment("cpu")[name] or "") for name in ("device", "torch", "commit"))
     repeated = train.parse_args(shlex.split(axial["command"])[2:])
-    assert (repeated.pe, repeated.seed, repeated.head_dim) == ("axial", 1, 8)
-    calls.clear()
-    run_set("tiny", math.inf)
-    assert not calls
+    assert (repeated.pe, repeated.seed, repeated.head_dim) == ("axial", 1, SMALL["head-dim"])
+    assert experiments.main(["tiny"]) == 0 and len(calls) == 6
+    for path in Path("tiny.csv"), *Path("runs").rglob("evaluation.json"):
+        path.unlink()
+    assert experiments.main(["tiny"]) == 0 and read("tiny") == rows  # the seconds too: it was not trained again
 
 
-def test_a_run_that_is_trained_but_has_no_row_is_only_evaluated(calls, tmp_path):
-    run_set("tiny", math.inf)
-    before, trained = read("tiny"), {path: path.read_bytes() for path in Path("runs").rglob("last.pt")}
-    (tmp_path / "results" / "tiny.csv").unlink()
-    calls.clear()
-    run_set("tiny", math.inf)
-    assert read("tiny") == before and len(trained) == 2
-    assert all("--resume" in script for script in calls if script[0] == "train.py")
-    assert {path: path.read_bytes() for path in Path("runs").rglob("last.pt")} == trained
-
-
-def test_no_run_is_begun_that_would_not_end_in_time(calls, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    inner = experiments.call
-
+def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
     def slow(script, deadline):
         now[0] += 10 * (script[0] == "train.py")
-        inner(script, deadline)
+        pretend(script, deadline)
 
+    now = [7.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(experiments, "call", slow)
-    with pytest.raises(Stopped, match="no time for another") as stopped:
-        run_set("tiny", 15)
-    assert stopped.value.code == 0 and [row["pe"] for row in read("tiny")] == ["ape"]
-    run_set("tiny", 25)
-    assert [row["pe"] for row in read("tiny")] == ["ape", "axial"]
+    for done in ["none", "ape"], ["none", "ape", "axial"]:
+        assert experiments.main(["tiny", "--minutes=0.4"]) == 0 and [row["pe"] for row in read("tiny")] == done
+        assert ("no time for another run" in capsys.readouterr().err) == (len(done) < 3)
 
 
-def test_at_the_deadline_a_run_is_saved_and_goes_on_later(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
+@pytest.mark.parametrize("ctrl_c, why, code", [(False, "time is over", 0), (True, "Stopped", 130)])
+def test_deadline_and_ctrl_c_save_the_run(monkeypatch, ctrl_c, why, code):
     class Process(subprocess.Popen):
-        """Its deadline comes after the first epoch."""
-
         def wait(self, timeout=None):
-            while timeout is not None and self.poll() is None:
+            while timeout is not None and self.poll() is None and not Path("run/log.csv").exists():
                 time.sleep(0.05)
-                if Path("run/log.csv").exists():
-                    raise subprocess.TimeoutExpired(self.args, timeout)
-            return super().wait()
+            if timeout is not None and ctrl_c:
+                self.send_signal(signal.SIGINT)  # as the terminal does
+                raise KeyboardInterrupt
+            return super().wait(timeout and 0)
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    command = ["train.py", *as_flags(SMALL | {"epochs": 1000}), "--out=run"]
-    with pytest.raises(Stopped, match="time is over") as stopped:
-        experiments.call(command, time.monotonic() + 60)
-    assert stopped.value.code == 0 and Path("run/last.pt").exists() and not Path("run/result.json").exists()
-    with pytest.raises(Stopped, match=r"train\.py .* failed") as stopped:  # a run that fails ends all
-        experiments.call(command, math.inf)
-    assert stopped.value.code == 2
+    flags = as_flags(SMALL | {"epochs": 10**6, "batch-size": 512, "patch-size": 16, "out": "run"})
+    with pytest.raises(experiments.Stopped, match=why) as stopped:
+        experiments.call(["train.py", *flags], time.monotonic() + 60)
+    assert stopped.value.code == code and Path("run/last.pt").exists() and not Path("run/result.json").exists()
 
 
-def test_tables_show_mean_spread_and_number_of_seeds(calls, monkeypatch):
-    for seed, accuracy in enumerate((70, 71, 73)):
-        row = {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "shift 1": 60, "command": "python"}
-        experiments.append("tiny", row)
-    experiments.append("tiny", row | {"seed": 0, "epochs": 400, "accuracy": 80})
-    experiments.append("tiny", {"pe": "ape", "seed": 0, "epochs": 50, "accuracy": 50, "command": "python"})
-    assert measured("tiny", epochs=50)("axial") == "71.3 ± 1.5"  # variance (16 + 1 + 25) / 9 / 2
-    assert measured("tiny", epochs=400)("axial") == "80.0"
-    assert measured("tiny", epochs=400)("ape") == measured("tiny")("liere") == "*not measured*"
-    assert measured("tiny", "shift 1")("ape") == "-"
-    assert seeds("tiny", epochs=50)("axial") == "3"
-    monkeypatch.setitem(TABLES, "tiny", [("short", measured("tiny", epochs=50))])
-    assert "| `axial` | 71.3 ± 1.5 |\n" in table("tiny") and table("tiny").count("\n") == 2 + len(ENCODINGS)
+def test_a_failed_run_stops_the_set_and_the_report_is_still_written(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)  # where there is no train.py
+    monkeypatch.setattr(experiments, "report", lambda: print("the report"))
+    assert experiments.main(["tiny", "--report"]) == 2 and not read("tiny")
+    assert "the report" in (printed := capsys.readouterr()).out and "error: train.py --pe=none" in printed.err
 
 
-def test_prices_come_from_the_benchmarks_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    assert priced("cpu", "step")("axial") == "*not measured*"
-    rows = [
-        {"what": "step", "pe": "axial", "ratio": 1.0834, "low": 1.0, "high": 1.25},
-        {"what": "memory", "pe": "axial", "tokens": 64, "ratio": 0.5},
-        {"what": "memory", "pe": "axial", "tokens": 4096, "ratio": 2.25},
-    ]
-    (tmp_path / "benchmark-cpu.json").write_text(json.dumps({"rows": rows}))
-    assert priced("cpu", "step")("axial") == "1.08 (1.00 to 1.25)"
-    assert priced("cpu", "memory", tokens=4096)("axial") == "2.25"
-    assert priced("cpu", "step")("none") == "-" and priced("cuda", "step")("axial") == "*not measured*"
+def test_impossible_flags_get_one_line(capsys):
+    assert "there is no set table8: take" in complaint(capsys, experiments.main, "table8")
+    assert "name a set" in complaint(capsys, experiments.main)
+    assert "--minutes" in complaint(capsys, experiments.main, "table2", "--minutes=0")
 
 
-def test_every_set_asks_for_what_the_scripts_take(capsys):
-    for runs, evaluation in SETS.values():
-        for flags in runs:
-            args = train.parse_args(experiments.as_flags(flags))
-            assert args.pe == flags["pe"] and args.seed == flags["seed"]
-        evaluate.parse_args(["run", *evaluation.split()])
-    for flags in ["no such set"], [], ["table2", "--minutes", "0"]:
-        complaint(capsys, experiments.main, *flags)
+def cells(name):
+    """A table's titles, and {encoding: cells}."""
+    lines = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in table(name).splitlines()]
+    return lines[0][1:], {line[0]: line[1:] for line in lines[2:]}
 
 
-def test_figure_3_is_of_the_runs_of_table_2(monkeypatch):
-    names = []
-    monkeypatch.setattr(experiments, "run_set", lambda name, deadline: names.append(name))
-    assert experiments.main(["figure3", "table7"]) == 0 and names == ["table2", "table7"]
+@pytest.mark.parametrize("name", [name for name in TABLES if SAME.get(name, name) in SETS])
+def test_a_finished_set_fills_its_table(monkeypatch, name):
+    """The scripts accept the set's flags, and a column that has a number in its title shows what that number gives."""
+    monkeypatch.setattr(experiments, "call", pretend)
+    assert experiments.main([name]) == 0
+    titles, rows = cells(name)
+    assert titles == [title for title, _ in TABLES[name]] and list(rows) == list(ENCODINGS)
+    for title, *column in zip(titles, *rows.values(), strict=True):
+        number = re.search(r"\d+|$", title)[0]
+        assert all(cell.startswith(number and f"{number}.0") and cell != "-" for cell in column), title
 
 
-def test_time_that_is_over_does_not_keep_the_report_from_being_written(calls, monkeypatch):
-    monkeypatch.setattr(experiments, "report", report := Mock())
-    monkeypatch.setattr(experiments, "run_set", Mock(side_effect=Stopped("Stopped.", 130)))
-    assert experiments.main(["tiny", "--report"]) == 130 and report.called
+def test_tables_show_mean_spread_and_seeds_of_what_was_measured(monkeypatch):
+    monkeypatch.setitem(experiments.PUBLISHED, "table2", ("published", {"ape": "64.2"}))
+    assert table("table2") == ""
+    for seed, accuracy in enumerate((70, 71, 73)):  # of variance (16 + 1 + 25) / 9 / 2
+        append("table2", {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "command": "python"})
+    append("table2", {"pe": "ape", "seed": 0, "epochs": 50, "accuracy": 80, "size 24": 7, "command": "python"})
+    start = "| `--pe` | published | 50 epochs | seeds |\n| --- | --- | --- | --- |\n"
+    assert table("table2") == start + "| `ape` | 64.2 | 80.0 | 1 |\n| `axial` | - | 71.3 ± 1.5 | 3 |\n"
+    assert cells("figure3") == (["24 px", "seeds"], {"ape": ["7.0", "1"], "axial": ["-", "3"]})
 
 
-def test_damaged_results_and_a_readme_without_marks_are_told(capsys, monkeypatch, tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in TABLES))
+def test_costs_are_those_of_the_benchmarks_file():
+    step = {"what": "training step", "pe": "axial", "ratio": 1.0834, "low": 1.0, "high": 1.25}
+    memory = [{"what": "encoding, memory", "pe": pe, "ratio": x} for pe, x in (("axial", 2.25), ("liere", 450.4))]
+    tokens = {"part": "tokens", "what": "encoding, forward and backward", "pe": "axial"}
+    rows = [step, *memory, *(tokens | {"tokens": n, "ratio": n} for n in (64, 1024))]
+    write_json(Path("benchmark-cpu.json"), {"rows": rows})
+    titles, found = cells("cost")
+    assert titles == ["on a CPU", "encoding alone, of attention", "its memory, of q and k"]
+    assert found == {"axial": ["1.08 (1.00 to 1.25)", "1024", "2.25"], "liere": ["-", "-", "450"]}
+
+
+def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
+    path, start, end = Path("README.md"), "# Title\n<!-- bearing -->\n", "<!-- /bearing -->\nThe end.\n"
+    append("bearing", {"pe": "axial", "accuracy": 99, "command": "python"})
+    path.write_text(start + "| stale |\n" + end)
     experiments.report(path)
-    whole = path.read_text()
-    monkeypatch.setattr(experiments, "report", Mock(side_effect=ValueError("Oh")))
-    assert complaint(capsys, experiments.main, "--report") == "error: Oh\n"
-    monkeypatch.undo()
-    path.write_text(whole.replace("<!-- /bearing -->", ""))
-    with pytest.raises(ValueError, match="has no <!-- bearing --> with <!-- /bearing --> behind it"):
-        experiments.report(path)
-    assert path.read_text() == whole.replace("<!-- /bearing -->", "")
-    path.write_text(whole)
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    (tmp_path / "results").mkdir()
-    for name in "bearing.csv", "benchmark-cpu.json":
-        damaged = tmp_path / "results" / name
-        damaged.write_bytes(b"\xff\xfe{\n garbage")
-        with pytest.raises(ValueError, match=f"{damaged} is damaged"):
+    assert path.read_text() == start + table("bearing") + end and "| 99.0 |" in table("bearing")
+    whole = start + end + "<!-- cost -->\n<!-- /cost -->\n"
+    for name, text in ("", start), ("benchmark-cpu.json", whole), ("bearing.csv", whole):
+        path.write_text(text)
+        if name:
+            Path(name).write_bytes(b"\xff\xfe{\n garbage")
+        with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> behind it"):
             experiments.report(path)
-        damaged.unlink()
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_the_readme_shows_what_results_hold(name):
-    text = (ROOT / "README.md").read_text()
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    assert text.count(start) == text.count(end) == 1
-    assert text.partition(start)[2].partition(end)[0] == table(name), "run: python experiments.py --report"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.stem)
-def test_every_result_is_a_run_of_its_set_from_a_commit(path):
-    runs = SETS[path.stem][0]
-    for row in read(path.stem):
-        assert sum(experiments.matches(row, flags) for flags in runs) >= 1
-        assert re.fullmatch("[0-9a-f]{40}(, then [0-9a-f]{40})*", row["commit"])
-        flags = train.parse_args(shlex.split(row["command"])[2:])
-        assert flags.pe == row["pe"] and str(flags.seed) == row["seed"] and str(flags.epochs) == row["epochs"]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("benchmark-*.json")), ids=lambda path: path.stem)
-def test_every_price_was_measured_by_a_command_at_a_commit(path):
-    found = json.loads(path.read_text())
-    assert re.fullmatch("[0-9a-f]{40}", found["commit"]) and found["torch"] and found["device"]
-    script, *flags = shlex.split(found["command"])[1:]
-    assert script == "benchmark.py" and benchmark.parse_args(flags).parts
-    assert {row["pe"] for row in found["rows"] if row["part"] == "step"} == set(ENCODINGS)
-
-
-def test_every_column_shows_what_its_title_says(monkeypatch):
-    sizes = (24, 28, 32, 40, 48, 56, 64)
-    run = {"pe": "axial", "epochs": 50}
-    short = run | {"accuracy": 50} | {f"size {px}": px for px in sizes}
-    long = short | {"epochs": 400, "accuracy": 400} | {f"size {px}": 0 for px in sizes}
-    table7 = [run | {"fraction": part, "accuracy": 100 * part} for part in (0.2, 0.4, 0.6, 0.8)]
-    rows = {"table2": 3 * [short] + 2 * [long], "table7": table7}
-    monkeypatch.setattr(experiments, "read", lambda name: [{k: str(v) for k, v in row.items()} for row in rows[name]])
-    shown = {name: [cell("axial") for _, cell in TABLES[name]] for name in ("table2", "figure3", "table7")}
-    assert shown["table2"][1:] == ["400.0 ± 0.0", "2", "50.0 ± 0.0", "3"]
-    assert shown["figure3"] == [*(f"{px}.0 ± 0.0" for px in sizes), "3"]
-    assert shown["table7"][1:] == ["20.0", "40.0", "60.0", "80.0", "1"]
-
-
-def test_sets_hold_the_runs_and_evaluations_that_the_tables_show():
-    (table2, evaluations), (table7, _) = SETS["table2"], SETS["table7"]
-    assert {(run["pe"], run["seed"], run["epochs"]) for run in table2} == {*product(ENCODINGS, range(3), (50, 400))}
-    assert {(run["pe"], run["fraction"]) for run in table7} == {*product(ENCODINGS, (0.2, 0.4, 0.6, 0.8))}
-    assert evaluate.parse_args(["run", *evaluations.split()]).sizes == []
-    for name in "bearing", "cifar100-small":
-        args = evaluate.parse_args(["run", *SETS[name][1].split()])
-        assert (args.shift, args.patch_shift, args.shuffle) == ([4, 16], [1, 4], True)
-        shown = {title for title, _ in TABLES[name] if title.endswith(" px")}
-        assert shown and shown <= {f"{size} px" for size in args.sizes}
-    assert {(run["pe"], run["seed"]) for run in SETS["cifar100-small"][0]} == {*product(ENCODINGS, range(3))}
-
-
-def test_minutes_are_of_60_seconds(monkeypatch):
-    deadlines = []
-    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
-    monkeypatch.setattr(experiments, "run_set", lambda name, deadline: deadlines.append(deadline))
-    assert experiments.main(["table2", "--minutes", "25"]) == 0 and deadlines == [1507]
+        assert path.read_text() == text

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import imagenet
-from augment import flip_and_color
-from data import DataError, batch_indices
-from imagenet import ImageNet, centre_crop, load, random_crop
+from lab import imagenet
+from lab.augment import flip_and_color
+from lab.cli import UserError
+from lab.data import batch_indices
+from lab.imagenet import ImageNet, centre_crop, load, random_crop
 
 TRAIN, VAL = {"cat": 7, "ant": 4, "bee": 5}, {"cat": 4, "ant": 2, "bee": 1}  # images of each class
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -454,12 +455,12 @@ def test_a_damaged_image_is_told_in_a_line(root, name):
     path.rename(root / "val" / "ant" / name)
     data = make(root)
     data.train_batch(0)
-    with pytest.raises(DataError, match=f"val/ant/{name}.*--skip-damaged"):
+    with pytest.raises(UserError, match=f"val/ant/{name}.*--skip-damaged"):
         list(data.test_batches())
 
 
 def error(data):
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         data.train_batch(0)
     data.batches = None  # else e's traceback keeps the workers, and left to the garbage collector they take 5 s each
     return str(e.value)
@@ -619,7 +620,7 @@ def test_faults_are_told_in_a_line(root, fault):
     spoil, options, message = FAULTS[fault]
     make(root)
     spoil(root)
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         make(root, **options)
     assert str(e.value).startswith(message.replace("ROOT", str(root))) and "\n" not in str(e.value)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lamb import LAMB
+from lab.lamb import LAMB
 
 
 @pytest.fixture(autouse=True)

@@ -29,9 +29,9 @@ from PIL import Image
 from PIL.Image import Transpose
 from torch.utils.data import DataLoader
 
-from augment import flip_and_color, mix
-from data import DataError, Dataset, batch_indices
-from stopwatch import timed
+from lab.augment import flip_and_color, mix
+from lab.cli import UserError
+from lab.data import Dataset, batch_indices
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no other, whatever a file is called: for some, Pillow starts programs
@@ -52,7 +52,7 @@ warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of odd EXIF d
 class ImageNet(Dataset):
     """fraction < 1 trains on a part of the images, the same for every seed; limit_classes keeps the first ones by name.
 
-    An image that cannot be read is a DataError, or if skip_damaged, replaced by another one in training and left out of
+    An image that cannot be read is a UserError, or if skip_damaged, replaced by another one in training and left out of
     the test; damaged holds the paths of such files that this process (rank) has met.
     """
 
@@ -88,19 +88,15 @@ class ImageNet(Dataset):
 
         The workers read ahead, so the next step's images are there soon, while any other step is a new start.
         """
-        with timed("waiting for images"):
-            if step != self.next_step:
-                self.batches = iter(self.loader(self.train, self.train_jobs(step)))
-            batch = next(self.batches)
-            self.next_step = step + 1
-        with timed("transfer"):
-            images, targets = self.receive(batch)
-        with timed("augmentation"):
-            if self.augment != "none":
-                images = 255 * flip_and_color(images / 255, self.rank, self.world_size)
-            if self.augment == "mix":  # partners are of the same process
-                images, targets = mix(images, targets, self.num_classes)
-            return self.normalise(images), targets
+        if step != self.next_step:
+            self.batches = iter(self.loader(self.train, self.train_jobs(step)))
+        images, targets = self.receive(next(self.batches))
+        self.next_step = step + 1
+        if self.augment != "none":
+            images = 255 * flip_and_color(images / 255, self.rank, self.world_size)
+        if self.augment == "mix":  # partners are of the same process
+            images, targets = mix(images, targets, self.num_classes)
+        return self.normalise(images), targets
 
     def test_batches(self, batch_size=100, img_size=None):
         """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
@@ -139,7 +135,7 @@ class ImageNet(Dataset):
     def receive(self, batch):
         """A job's result -> images (B, 3, S, S) uint8, labels (B,), on the device."""
         if isinstance(batch, str):
-            raise DataError(batch)
+            raise UserError(batch)
         images, labels, damaged = batch
         self.damaged.update(damaged)
         images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
@@ -155,16 +151,16 @@ def find_classes(train, val, limit):
     """-> the names of the classes. A class's label is its place among them."""
     for folder in train, val:
         if not folder.is_dir():
-            raise DataError(f"{folder} is not there: --data-dir must be a folder with train/<class>/ and val/<class>/")
+            raise UserError(f"{folder} is not there: --data-dir must be a folder with train/<class>/ and val/<class>/")
     names, tested = ({entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in (train, val))
     classes = sorted(names)
     if not classes:
-        raise DataError(f"{train} has no classes: put the images of each class into a folder of its own there")
+        raise UserError(f"{train} has no classes: put the images of each class into a folder of its own there")
     if limit is not None and not 1 <= limit <= len(classes):
-        raise DataError(f"{train} has {len(classes)} classes: --limit-classes must be from 1 to that, not {limit}")
+        raise UserError(f"{train} has {len(classes)} classes: --limit-classes must be from 1 to that, not {limit}")
     for name in sorted(names ^ tested if limit is None else set(classes[:limit]) - tested):
         missing = (val if name in names else train) / name
-        raise DataError(f"{missing} is not there: train and val must have folders for the same classes")
+        raise UserError(f"{missing} is not there: train and val must have folders for the same classes")
     return classes[:limit]
 
 
@@ -177,7 +173,7 @@ def find_images(folder, classes):
     for label, c in enumerate(classes):
         names = sorted(n for n in os.listdir(folder / c) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
         if not names:
-            raise DataError(f"{folder / c} has no images: give it some that end in {', '.join(SUFFIXES)}")
+            raise UserError(f"{folder / c} has no images: give it some that end in {', '.join(SUFFIXES)}")
         files += [os.fsencode(f"{c}/{name}") for name in names]
         labels += [label] * len(names)
     return np.array(files), np.array(labels)

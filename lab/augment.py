@@ -150,6 +150,17 @@ def mix(images, labels, num_classes):
     return images, torch.lerp(targets.flip(0), targets, lam)
 
 
+def jitter_positions(model, sigma):
+    """A ViT's training positions (T, 2), each moved by noise of sigma patches, but not out of its patch.
+
+    Drawn anew at each step for the whole batch; a class token stays where it is. (Yu et al. 2025, section 3.4.2)
+    """
+    pos = model.positions(model.grid, model.grid)
+    noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * model.spacing
+    noise[: model.num_prefix_tokens] = 0
+    return pos + noise
+
+
 def draw_beta(alpha):
     return torch.distributions.Beta(alpha, alpha).sample().item()
 

@@ -1,11 +1,11 @@
 """What trained models do beyond their test set.
 
-    python evaluate.py runs/*                  # all that follows
-    python evaluate.py runs/* --sizes          # test images of other sizes, patches kept; or --sizes 24 64 (pixels)
-    python evaluate.py runs/* --shift          # all positions moved by one random offset; or --shift 1 4 (patches)
-    python evaluate.py runs/* --patch-shift    # the same, but the class token stays at 0
-    python evaluate.py runs/* --shuffle        # the patches of each image in random order
-    python evaluate.py runs/* --regions        # bearing: both squares in one quarter of the image
+    python -m lab.evaluate runs/*                  # all that follows
+    python -m lab.evaluate runs/* --sizes          # test images of other sizes, patches kept; or --sizes 24 64 (pixels)
+    python -m lab.evaluate runs/* --shift          # all positions moved by one random offset; or --shift 1 4 (patches)
+    python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
+    python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
+    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image
 
 Prints accuracies (%) and keeps them in evaluation.json beside each run.
 
@@ -15,46 +15,33 @@ is left behind. What a shuffle takes shows how much a model leans on positions (
 """
 
 import sys
+
+if not __package__:  # started as python lab/evaluate.py
+    sys.path[0] += "/.."
+
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import (
-    DATASETS,
-    Parser,
-    accuracy,
-    add_device_flags,
-    failed,
-    number,
-    read_json,
-    read_run,
-    usable_device,
-    write_json,
-)
-from data import REGIONS, Bearing, DataError
-from distributed import WORLD_SIZE
+from lab.cli import Parser, UserError, add_device_flags, number, one_line_errors, usable_device
+from lab.data import REGIONS, Bearing
+from lab.distributed import WORLD_SIZE
+from lab.files import read_json, write_json
+from lab.runs import DATASETS, accuracy, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
 SHIFTS = 1, 2, 4, 8, 16  # patches
 
 
+@one_line_errors
 def main(argv=None):
-    """Run the command line; returns the exit code."""
     args = parse_args(argv)
     if WORLD_SIZE > 1:
-        return failed("evaluate.py is for one process: start it with python, not with torchrun")
-    try:
-        usable_device(args.device)
-        for run in args.runs:
-            evaluate(run, args)
-    except (DataError, OSError, ValueError) as e:  # what a user can mend
-        return failed(e)
-    except torch.OutOfMemoryError:
-        return failed("the GPU's memory is full: try --device cpu")
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise UserError("lab.evaluate is for one process: start it with python, not with torchrun")
+    usable_device(args.device)
+    for run in args.runs:
+        evaluate(run, args)
 
 
 def parse_args(argv):
@@ -93,17 +80,17 @@ def evaluate(run, args):
 
 def evaluations(model, data, size, args):
     """Yields the name of a kind of evaluation and a dict of accuracies (%), at the size in pixels of the run's test."""
-    patch, told = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
+    patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
     def test(pos=lambda: None, change=lambda images: images, **which):
         torch.manual_seed(0)
         batches = ((change(images), labels) for images, labels in data.test_batches(**{"img_size": size} | which))
         return accuracy(model, batches, args.amp, pos)
 
-    def shifted(rho, prefix=0):
+    def shifted(rho, first=0):
         def pos():
             pos = model.positions(size // patch, size // patch)
-            pos[prefix:] += rho * model.spacing * torch.randn(2, device=pos.device)
+            pos[first:] += rho * model.spacing * torch.randn(2, device=pos.device)
             return pos
 
         return test(pos, batch_size=50)
@@ -112,10 +99,10 @@ def evaluations(model, data, size, args):
     if args.sizes is not None:
         sizes = args.sizes or [patch * round(times * model.grid) for times in SIZES]
         yield "size", {str(size): test(img_size=size) for size in sizes}
-    if args.shift is not None and told:
+    if args.shift is not None and rotary:
         yield "shift", {f"{rho:g}": shifted(rho) for rho in args.shift or SHIFTS}
-    if args.patch_shift is not None and told and model.prefix:
-        yield "patch shift", {f"{rho:g}": shifted(rho, model.prefix) for rho in args.patch_shift or SHIFTS}
+    if args.patch_shift is not None and rotary and model.num_prefix_tokens:
+        yield "patch shift", {f"{rho:g}": shifted(rho, model.num_prefix_tokens) for rho in args.patch_shift or SHIFTS}
     if args.shuffle:
         yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
     if args.regions and isinstance(data, Bearing):

@@ -1,8 +1,8 @@
 """What an encoding costs: in time and in memory, in a ViT and alone, as tokens and channels grow.
 
-    python benchmark.py                              # the first six parts
-    python benchmark.py step inference --pe axial spherical --json costs.json
-    python benchmark.py step --pe spherical --img-size 1024 --patch-size 16 --batch-size 4 --head-dim 64 --device cuda
+    python -m lab.benchmark                              # the first six parts
+    python -m lab.benchmark step inference --pe axial spherical --json costs.json
+    python -m lab.benchmark step --pe spherical --img-size 1024 --patch-size 16 --batch-size 4 --head-dim 64
 
     step           a training step of ViT-S: forward, loss, backward, fused AdamW
     inference      a pass without gradients
@@ -12,8 +12,8 @@
     head-dim       the same at 32, 64 and 128 channels a head
     exponential    LieRE and ComRoPE against the same with torch.matrix_exp for each token, forward and backward
     recipe         a batch's augmentation against its training step, and LAMB against fused AdamW
-    decoding       reading photographs (--photos DIR) at 224 pixels as imagenet.py does, against Pillow's open, convert
-                   and resize of the whole image
+    decoding       reading photographs (--photos DIR) at 224 pixels as lab/imagenet.py does, against Pillow's open,
+                   convert and resize of the whole image
 
 All are ratios: of a ViT to one without an encoding (none beside none shows how exact that is), of an encoding alone to
 scaled_dot_product_attention of the same q, k, v. What is compared takes turns, so that a machine's moods hit both
@@ -25,14 +25,19 @@ For an encoding alone, forward and backward, it is what it holds beyond a stand-
 and k together.
 """
 
+import sys
+
+if not __package__:  # started as python lab/benchmark.py
+    sys.path[0] += "/.."
+
 import argparse
 import gc
 import itertools
 import json
 import math
 import statistics
-import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,14 +49,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import comrope
 import liere
-from augment import mix, three_augment
-from common import Parser, add_device_flags, autocast, environment, failed, number, usable_device, write_json
 from comrope import ComRoPE
-from imagenet import SUFFIXES, load
-from lamb import LAMB
+from lab.augment import mix, three_augment
+from lab.cli import Parser, UserError, add_device_flags, number, one_line_errors, parse_options, usable_device
+from lab.environment import environment
+from lab.files import write_json
+from lab.imagenet import SUFFIXES, load
+from lab.lamb import LAMB
+from lab.runs import make_vit
 from liere import LieRE
-from stopwatch import now
-from vit import ENCODINGS, ViT
+from vit import ENCODINGS
 
 DEFAULTS = {  # on a CPU, on CUDA
     "img_size": (32, 224),
@@ -66,30 +73,24 @@ SIDES = 8, 16, 32, 64  # of square grids of 64 to 4096 tokens
 HEAD_DIMS = 32, 64, 128
 
 
+@one_line_errors
 def main(argv=None):
-    """Run the command line; returns the exit code."""
     args = parse_args(argv)
     rows = []
-    try:
-        if usable_device(args.device).type not in ("cpu", "cuda"):
-            raise ValueError(f"--device {args.device} cannot be measured: take cpu or cuda")
-        about = environment(args.device) | {"settings": {k: v for k, v in vars(args).items() if k != "json"}}
-        print("{device}, torch {torch}".format(**about))
-        torch.manual_seed(0)
-        for part in args.parts:
-            for row in PARTS[part](args):
-                row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
-                rows.append({"part": part} | row)
-                show(**row)
-                if args.json:
-                    write_json(args.json, about | {"rows": rows})
-    except (OSError, ValueError) as e:  # what a user can mend
-        return failed(e)
-    except torch.OutOfMemoryError:
-        return failed("the GPU's memory is full: try a smaller --batch-size")
-    except KeyboardInterrupt:
-        return 130
-    return 0 if rows else failed(f"--pe {' '.join(args.pe)} has no part in {' '.join(args.parts)}: name others")
+    if usable_device(args.device).type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device} cannot be measured: take cpu or cuda")
+    about = environment(args.device) | {"settings": {k: v for k, v in vars(args).items() if k != "json"}}
+    print("{device}, torch {torch}".format(**about))
+    torch.manual_seed(0)
+    for part in args.parts:
+        for row in PARTS[part](args):
+            row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+            rows.append({"part": part} | row)
+            show(**row)
+            if args.json:
+                write_json(args.json, about | {"rows": rows})
+    if not rows:
+        raise UserError(f"--pe {' '.join(args.pe)} has no part in {' '.join(args.parts)}: name others")
 
 
 def parse_args(argv):
@@ -103,7 +104,7 @@ def parse_args(argv):
     add("--depth", type=count, default=12, help="layers (%(default)s)")
     add("--heads", type=count, default=6, help="attention heads (%(default)s)")
     add("--head-dim", type=count, help="channels a head (60, on CUDA 64)")
-    add("--block-size", type=number(int, least=2), help="channels a block of liere (all), comrope-ap, comrope-ld (8)")
+    add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="options of the encodings' constructors")
     add("--repeats", type=number(int, least=2), help="turns (5, on CUDA 20)")
     add_device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
@@ -120,6 +121,7 @@ def parse_args(argv):
     if args.json and not args.json.parent.is_dir():
         parser.error(f"there is no folder {args.json.parent}: make it, or choose another --json")
     args.parts = args.parts or list(PARTS)[:6]
+    args.pe_options = {pe: parse_options(args.pe_options, pe, ENCODINGS[pe]) for pe in args.pe}
     if "decoding" in args.parts and not (args.photos and images_below(args.photos)):
         parser.error("decoding needs photographs: name a folder that has some with --photos")
     return args
@@ -195,7 +197,7 @@ def recipe(args):
     yield row | compare(lambda: mix(three_augment(images), labels, 100), training_step("axial", args), args)
 
     def update(optimizer, **options):
-        parameters = list(make_vit("axial", args).parameters())
+        parameters = list(vit_of("axial", args).parameters())
         for p in parameters:
             p.grad = torch.randn_like(p)
         return optimizer(parameters, weight_decay=0.05, **options).step
@@ -228,11 +230,13 @@ def images_below(folder):
 # What is measured.
 
 
-def make_vit(pe, args, **shape):
+def vit_of(pe, args, **shape):
     flags = {name: getattr(args, name) for name in ("img_size", "patch_size", "depth", "head_dim")}
-    if args.block_size and pe.startswith(("liere", "comrope")):
-        flags["block_size"] = args.block_size
-    return ViT(pe, num_heads=args.heads, **flags | shape).to(args.device)
+    return make_vit(pe=pe, num_heads=args.heads, **flags | shape | args.pe_options.get(pe, {})).to(args.device)
+
+
+def autocast(args):
+    return torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.amp)
 
 
 def batch(args):
@@ -242,13 +246,13 @@ def batch(args):
 
 def training_step(pe, args):
     """The function that makes a training step."""
-    model, (images, labels) = make_vit(pe, args), batch(args)
+    model, (images, labels) = vit_of(pe, args), batch(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if args.compile:
         model.compile(dynamic=False)
 
     def run():
-        with autocast(args.device, args.amp):
+        with autocast(args):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -259,13 +263,13 @@ def training_step(pe, args):
 
 def inference_pass(pe, args):
     """The function that makes an inference pass."""
-    model, (images, _) = make_vit(pe, args).eval(), batch(args)
+    model, (images, _) = vit_of(pe, args).eval(), batch(args)
     if args.compile:
         model.compile(dynamic=False)
 
     @torch.no_grad()
     def run():
-        with autocast(args.device, args.amp):
+        with autocast(args):
             model(images)
 
     return run
@@ -284,11 +288,11 @@ class Layer:
     """An encoding with what it is told: positions of a square grid, and q and k as a ViT's attention lays them out."""
 
     def __init__(self, pe, args, side, batch_size, head_dim):
-        model = make_vit(pe, args, img_size=side, patch_size=1, depth=1, head_dim=head_dim, pool="mean")
+        model = vit_of(pe, args, img_size=side, patch_size=1, depth=1, head_dim=head_dim, pool="mean")
         self.pe, self.rope, self.pos = pe, model.blocks[0].attn.rope, model.positions(side, side)
         if args.compile:
             self.rope.compile(dynamic=False)
-        self.autocast = partial(autocast, args.device, args.amp)
+        self.autocast = partial(autocast, args)
         dtype = torch.bfloat16 if args.amp else torch.float32
         qkv = torch.randn(batch_size, side**2, 3, args.heads, head_dim, dtype=dtype, device=args.device)
         self.q, self.k, self.v = (z.requires_grad_() for z in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
@@ -318,6 +322,13 @@ class Layer:
 
 
 # How it is measured.
+
+
+def now():
+    """The time in seconds at which all that the GPU was given is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compare(run, base, args):

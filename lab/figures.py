@@ -1,18 +1,22 @@
 """Pictures: what the encodings do, and what came of training with them.
 
-    python figures.py            # the encodings as they begin, and results/bearing-corner.csv
-    python figures.py runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
+    python -m lab.figures            # the encodings as they begin, and lab/results/bearing-corner.csv
+    python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
 The first command writes attention, order, frequencies, equivariance and bearing-corner, the second one curves,
-learned-frequencies, sizes, shifts and cost, as PNGs into figures/. Sizes and shifts need what evaluate.py has found.
-Of several seeds, lines show the mean, bands go from the lowest to the highest. Each picture is a function that returns
-a Figure, or None if there is nothing to show, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368) where a
-figure is named.
+learned-frequencies, sizes, shifts and cost, as PNGs into lab/figures/. Sizes and shifts need what lab.evaluate has
+found. Of several seeds, lines show the mean, bands go from the lowest to the highest. Each picture is a function that
+returns a Figure, or None if there is nothing to show, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368)
+where a figure is named.
 """
+
+import sys
+
+if not __package__:  # started as python lab/figures.py
+    sys.path[0] += "/.."
 
 import math
 import shlex
-import sys
 from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
@@ -25,10 +29,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-import experiments
-from common import Parser, failed, read_json, read_run
 from comrope import ComRoPE
-from data import replacing
+from lab import experiments
+from lab.cli import Parser, UserError, one_line_errors
+from lab.files import make_folder, read_json, replacing
+from lab.runs import read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
@@ -51,30 +56,23 @@ STYLE = {
 }
 
 
+@one_line_errors
 def main(argv=None):
-    """Run the command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that train.py has written")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="where the pictures go (%(default)s/)")
+    parser.add_argument("--out", type=Path, default=Path("lab/figures"), help="where the pictures go (%(default)s/)")
     args = parser.parse_args(argv)
-    try:
-        runs = read_runs(args.runs)
-    except (OSError, ValueError) as e:  # what a user can mend
-        return failed(e)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
-            path = args.out / f"{name}.png"
-            with matplotlib.rc_context(STYLE):
-                if figure := draw(runs) if runs else draw():
-                    with replacing(path) as tmp:
-                        figure.savefig(tmp, format="png")
-            print(path if figure else f"{path} is left out: there is nothing to show in it", flush=True)
-    except OSError as e:
-        return failed(f"cannot write to {args.out} ({e.strerror}): choose another folder with --out")
+    runs = read_runs(args.runs)
+    make_folder(args.out)
+    for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
+        path = args.out / f"{name}.png"
+        with matplotlib.rc_context(STYLE):
+            if figure := draw(runs) if runs else draw():
+                with replacing(path) as tmp:
+                    figure.savefig(tmp, format="png")
+        print(path if figure else f"{path} is left out: there is nothing to show in it", flush=True)
     if lacking := [str(run.folder) for run in runs if not run.evaluation]:
-        print(f"To have them in sizes and shifts, too: python evaluate.py {shlex.join(lacking)}", file=sys.stderr)
-    return 0
+        print(f"To have them in sizes and shifts, too: python -m lab.evaluate {shlex.join(lacking)}", file=sys.stderr)
 
 
 def titled(title, height, width=9):
@@ -305,7 +303,7 @@ def equivariance():
 
 
 def bearing_corner():
-    """Accuracy in the corner that training did not show, a dot a run of results/bearing-corner.csv."""
+    """Accuracy in the corner that training did not show, a dot a run of lab/results/bearing-corner.csv."""
     rows, ropes, kinds = experiments.read("bearing-corner"), encodings(24), {}
     if not rows:
         return None
@@ -335,12 +333,12 @@ def bearing_corner():
 
 
 def read_runs(folders):
-    """What is known of each run. Raises ValueError if a folder has no run, or if the runs cannot be compared."""
+    """What is known of each run. Raises UserError if a folder has no run, or if the runs cannot be compared."""
     runs = sorted(map(what_is_known, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
-    flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "block_size"})
+    flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "pe_options"})
     if differ := [flag for flag in flags if len({run.config.get(flag) for run in runs}) > 1]:
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in differ)
-        raise ValueError(f"these runs differ in {what}: name runs that differ in encoding and seed alone")
+        raise UserError(f"these runs differ in {what}: name runs that differ in encoding and seed alone")
     return runs
 
 
@@ -348,7 +346,7 @@ def what_is_known(folder):
     """What last.pt, result.json and evaluation.json say; {} for one of the latter that is not there."""
     saved, model = read_run(folder)
     config = saved["config"]
-    name = config["pe"] + (f", b = {config['block_size']}" if config["block_size"] else "")
+    name = ", ".join([config["pe"], *(f"{option} = {value}" for option, value in config["pe_options"].items())])
     found = {kind: read_json(folder / f"{kind}.json") for kind in ("result", "evaluation")}
     return SimpleNamespace(folder=folder, name=name, config=config, log=saved["log"], model=model, **found)
 
@@ -376,10 +374,12 @@ def ranked(entries):
 
 def look(name):
     """A colour for each class of encodings, a line and a marker for each variant."""
-    pe, _, blocks = name.partition(",")
+    pe, _, options = name.partition(",")
     classes = {pe: getattr(make, "func", make) for pe, make in ENCODINGS.items()}
-    variant = [other for other in classes if classes[other] == classes[pe]].index(pe) + 2 * bool(blocks)
-    colour = [GREY, *COLOURS][list(dict.fromkeys(classes.values())).index(classes[pe]) % 7]
+    variant = [other for other in classes if classes[other] == classes[pe]].index(pe) + 2 * bool(options)
+    colour = [GREY, *COLOURS, *matplotlib.colormaps["tab20"].colors][
+        list(dict.fromkeys(classes.values())).index(classes[pe])
+    ]
     return {"color": colour, "linestyle": ["-", "--", ":", "-."][variant % 4], "marker": "os^D"[variant % 4]}
 
 

@@ -1,31 +1,36 @@
-"""Runs the experiments, keeps their results in results/, and writes the README's tables from these.
+"""Runs the experiments, keeps their results in lab/results/, and writes the README's tables from these.
 
-    python experiments.py bearing bearing-corner        # on a CPU: minutes a run
-    python experiments.py cifar100-small                # on a CPU: a quarter of an hour a run
-    python experiments.py table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
-    python experiments.py --report                      # the README's tables, from results/
+    python -m lab.experiments bearing bearing-corner        # on a CPU: minutes a run
+    python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour a run
+    python -m lab.experiments table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
+    python -m lab.experiments --report                      # the README's tables, from lab/results/
 
-A set is a list of runs in order of worth. Each is a `python train.py` and, for some sets, a `python evaluate.py`; then
-it has a row in results/<set>.csv, which quotes the command, and is not run again. Run folders stay in runs/, so that a
-run that was cut short goes on where it was.
+A set is a list of runs, the most important first. Each is a `python train.py` and, for some sets, a
+`python -m lab.evaluate`; then it has a row in lab/results/<set>.csv, which quotes the command, and is not run again.
+Run folders stay in runs/, so that a run that was cut short continues where it was.
 """
+
+import sys
+
+if not __package__:  # started as python lab/experiments.py
+    sys.path[0] += "/.."
 
 import csv
 import math
+import re
 import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from common import Parser, failed, number, read_json, write_csv
-from data import replacing
+from lab.cli import Parser, UserError, number, one_line_errors
+from lab.files import read_json, replacing, write_csv
 from vit import ENCODINGS
 
-ROOT = Path(__file__).parent
-RESULTS = ROOT / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "lab" / "results"
 SEEDS = range(3)
 
 
@@ -58,8 +63,8 @@ SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and ev
 SAME = {"figure3": "table2"}  # the same runs, tested at other sizes
 
 
+@one_line_errors
 def main(argv=None):
-    """Run the command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS | SAME)}")
     parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop before that much time is over")
@@ -72,16 +77,13 @@ def main(argv=None):
     deadline = time.monotonic() + 60 * args.minutes
     code = 0
     try:
-        try:
-            for name in args.sets:
-                run_set(SAME.get(name, name), deadline)
-        except Stopped as e:
-            print(e, file=sys.stderr)
-            code = e.code
-        if args.report:
-            report()
-    except (OSError, ValueError) as e:  # what a user can mend
-        return failed(e)
+        for name in args.sets:
+            run_set(SAME.get(name, name), deadline)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        code = e.code
+    if args.report:
+        report()
     return code
 
 
@@ -110,7 +112,7 @@ def run_set(name, deadline):
         result = read_json(out / "result.json")
         row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
         if evaluation:
-            call(["evaluate.py", str(out), *evaluation.split()], deadline)
+            call(["lab/evaluate.py", str(out), *evaluation.split()], deadline)
             found = read_json(out / "evaluation.json")
             row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
         row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
@@ -146,8 +148,8 @@ def read(name):
         return []
     with open(path, newline="", errors="replace") as f:
         rows = list(csv.DictReader(f))
-    if not all(row.get("pe") in ENCODINGS and row.get("accuracy") and row.get("command") for row in rows):
-        raise ValueError(f"{path} is damaged: restore it, or delete it and have its runs made anew")
+    if not all(row.get("pe") and row.get("accuracy") and row.get("command") for row in rows):
+        raise UserError(f"{path} is corrupt: restore it, or delete it and have its runs made anew")
     return rows
 
 
@@ -165,78 +167,77 @@ def matches(row, flags):
 
 # The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row an encoding.
 
-PUBLISHED = {  # van de Geijn et al. 2025: table 2 (CIFAR-100, 400 epochs), table 7 (20, 40, 60, 80 % of the images)
-    "prices": {  # their table 9, seconds on an A100, as ratios to the 3.9 of ape
-        "ape": "1",
-        "axial": "1.67",
-        "axial-learned": "1.46",
-        "uniform": "1.69",
-        "mixed": "1.33",
-        "spherical": "1.72",
-        "spherical-learned": "1.49",
-        "liere": "3.49",
-    },
-    "table2": {
-        "ape": "64.2 ± 0.9",
-        "axial": "72.1 ± 0.6",
-        "axial-learned": "72.9 ± 0.6",
-        "uniform": "70.5 ± 0.2",
-        "mixed": "74.7 ± 0.3",
-        "spherical": "73.2 ± 0.4",
-        "spherical-learned": "74.1 ± 0.4",
-        "liere": "73.1 ± 0.2",
-    },
-    "table7": {
-        "ape": "45.9, 53.4, 57.7, 59",
-        "axial": "55.3, 63.3, 66.0, 69.9",
-        "axial-learned": "56.6, 62.5, 66.8, 69.1",
-        "uniform": "52.8, 59.7, 64.1, 65.8",
-        "mixed": "56.9, 64.4, 70.0, 71.6",
-        "spherical": "56.0, 63.6, 67.6, 69.8",
-        "spherical-learned": "57.2, 65.3, 69.8, 72.6",
-    },
+PUBLISHED = {  # van de Geijn et al. 2025: the title of a column and what stands there
+    "cost": (
+        "training step, published",
+        {  # their table 9, seconds on an A100, as ratios to the 3.9 of ape
+            "ape": "1",
+            "axial": "1.67",
+            "axial-learned": "1.46",
+            "uniform": "1.69",
+            "mixed": "1.33",
+            "spherical": "1.72",
+            "spherical-learned": "1.49",
+            "liere": "3.49",
+        },
+    ),
+    "table2": (
+        "published, 400 epochs",
+        {
+            "ape": "64.2 ± 0.9",
+            "axial": "72.1 ± 0.6",
+            "axial-learned": "72.9 ± 0.6",
+            "uniform": "70.5 ± 0.2",
+            "mixed": "74.7 ± 0.3",
+            "spherical": "73.2 ± 0.4",
+            "spherical-learned": "74.1 ± 0.4",
+            "liere": "73.1 ± 0.2",
+        },
+    ),
+    "table7": (
+        "published, 400 epochs",
+        {
+            "ape": "45.9, 53.4, 57.7, 59",
+            "axial": "55.3, 63.3, 66.0, 69.9",
+            "axial-learned": "56.6, 62.5, 66.8, 69.1",
+            "uniform": "52.8, 59.7, 64.1, 65.8",
+            "mixed": "56.9, 64.4, 70.0, 71.6",
+            "spherical": "56.0, 63.6, 67.6, 69.8",
+            "spherical-learned": "57.2, 65.3, 69.8, 72.6",
+        },
+    ),
 }
 
 
-NOT_MEASURED = "*not measured*"
-
-
-def published(name):
-    return lambda pe: PUBLISHED[name].get(pe, "")
-
-
 def measured(name, column="accuracy", **flags):
-    """What a table says of an encoding: mean ± standard deviation over seeds of a column of results/<name>.csv."""
+    """What a table says of an encoding: mean ± standard deviation over seeds of a column of lab/results/<name>.csv."""
 
     def cell(pe):
         rows = [row for row in read(name) if matches(row, flags | {"pe": pe})]
         values = [float(row[column]) for row in rows if row.get(column)]
         if not values:
-            return "-" if rows else NOT_MEASURED
+            return None
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
     return cell
 
 
-def priced(device, what, **sizes):
-    """A ratio that benchmark.py wrote into results/benchmark-<device>.json, with its quartiles if it is of times."""
+def cost(device, what, **sizes):
+    """A ratio that lab.benchmark wrote into benchmark-<device>.json, with its quartiles if it is of times."""
 
     def cell(pe):
-        rows = read_json(RESULTS / f"benchmark-{device}.json").get("rows")
-        if rows is None:
-            return NOT_MEASURED
-        for row in rows:
+        for row in read_json(RESULTS / f"benchmark-{device}.json").get("rows", []):
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
-        return "-"
+        return None
 
     return cell
 
 
 def seeds(name, **flags):
     """How many runs there were of it."""
-    return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)))
+    return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
 def evaluated(name, *sizes):
@@ -252,9 +253,8 @@ def evaluated(name, *sizes):
     return [("test", measured(name)), *columns, ("seeds", seeds(name))]
 
 
-TABLES = {  # name: its columns after the encoding's, each one a title and what stands there for an encoding
+TABLES = {  # name: its columns, each one a title and what was measured of an encoding, None or "" for nothing
     "table2": [
-        ("published, 400 epochs", published("table2")),
         ("400 epochs", measured("table2", epochs=400)),
         ("seeds", seeds("table2", epochs=400)),
         ("50 epochs", measured("table2", epochs=50)),
@@ -265,17 +265,15 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
         ("seeds", seeds("table2", epochs=50)),
     ],
     "cifar100-small": evaluated("cifar100-small", 24, 48, 64),
-    "prices": [
-        ("training step, published", published("prices")),
-        ("on a GPU", priced("cuda", "training step")),
-        ("on a CPU", priced("cpu", "training step")),
-        ("inference, on a CPU", priced("cpu", "inference")),
-        ("memory of a step", priced("cpu", "training step, memory")),
-        ("encoding alone, of attention", priced("cpu", "encoding, forward and backward", part="tokens", tokens=1024)),
-        ("its memory, of q and k", priced("cpu", "encoding, memory")),
+    "cost": [
+        ("on a GPU", cost("cuda", "training step")),
+        ("on a CPU", cost("cpu", "training step")),
+        ("inference, on a CPU", cost("cpu", "inference")),
+        ("memory of a step", cost("cpu", "training step, memory")),
+        ("encoding alone, of attention", cost("cpu", "encoding, forward and backward", part="tokens", tokens=1024)),
+        ("its memory, of q and k", cost("cpu", "encoding, memory")),
     ],
     "table7": [
-        ("published, 400 epochs", published("table7")),
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
         ("seeds", seeds("table7", fraction=0.2)),
     ],
@@ -294,27 +292,31 @@ TABLES = {  # name: its columns after the encoding's, each one a title and what 
 
 
 def report(path=ROOT / "README.md"):
-    """Write all tables into the README."""
+    """Write the tables into the README, each between its marks."""
     text = path.read_text()
-    for name in TABLES:
+    for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"{path} has no {start.strip()} with {end} behind it: put both where the table belongs")
+            raise UserError(f"{path} has {start.strip()} without {end} behind it: put it where the table ends")
         text = before + start + table(name) + end + after
     with replacing(path) as tmp:
         tmp.write_text(text)
 
 
 def table(name):
-    """The table in Markdown."""
-    titles, cells = zip(*TABLES[name], strict=True)
-    lines = [["`--pe`", *titles], ["---"] * (1 + len(titles))]
-    for pe in ENCODINGS:
-        line = [cell(pe) for cell in cells]
-        said_once = ("" if text == NOT_MEASURED and text in line[:i] else text for i, text in enumerate(line))
-        lines.append([f"`{pe}`", *said_once])
+    """The table in Markdown: rows and columns for what was measured, nothing where nothing was."""
+    found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
+    found = {pe: cells for pe, cells in found.items() if any(cells)}
+    if not found:
+        return ""
+    kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
+    title, theirs = PUBLISHED.get(name, (None, {}))
+    lines = [["`--pe`", *[title] * bool(title), *(TABLES[name][i][0] for i in kept)]]
+    lines.append(["---"] * len(lines[0]))
+    for pe, cells in found.items():
+        lines.append([f"`{pe}`", *[theirs.get(pe, "-")] * bool(title), *(cells[i] or "-" for i in kept)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -22,7 +22,6 @@ import shutil
 import tarfile
 import tempfile
 import urllib.request
-from contextlib import contextmanager
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -32,25 +31,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from augment import mix, three_augment
-from stopwatch import timed
+from lab.augment import mix, three_augment
+from lab.cli import UserError
+from lab.files import replacing
 
 AUGMENT = "none", "3", "mix"
-
-
-class DataError(Exception):
-    """What is wrong with the data, in a line that tells how to mend it."""
-
-
-@contextmanager
-def replacing(path):
-    """Gives a temporary path, which becomes `path` if the block succeeds and vanishes if it does not."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 class Dataset:
@@ -60,18 +45,18 @@ class Dataset:
 
     def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
-            raise DataError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
+            raise UserError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
         self.batch_size, self.device = batch_size, torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
 
     def load(self):
-        """Fetch and read what training needs. Raises DataError."""
+        """Fetch and read what training needs. Raises UserError."""
         return self
 
     @property
-    def share(self):
-        """How many images of a batch fall to this process."""
+    def rank_batch_size(self):
+        """How many images of a batch are this rank's."""
         return self.batch_size // self.world_size
 
     def own(self, *parts):
@@ -116,9 +101,9 @@ class Bearing(Dataset):
 
     def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
         if fraction != 1:
-            raise DataError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
+            raise UserError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
         if augment != "none":
-            raise DataError(
+            raise UserError(
                 "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
             )
         super().__init__(batch_size, **place)
@@ -140,7 +125,7 @@ class Bearing(Dataset):
         S = img_size or self.img_size
         grid = S // self.cell
         if S % self.cell or grid < 2:
-            raise DataError(f"bearing is drawn in cells of {self.cell} pixels: take two or more a side, not {S} pixels")
+            raise UserError(f"bearing is drawn in cells of {self.cell} pixels: take two or more a side, not {S} pixels")
         top, left, side = REGIONS[region or self.region] if self.img_size == S else (0, 0, grid)
         random = {"device": device, "generator": generator}
         images = torch.randint(256, (n, 3, S, S), dtype=torch.uint8, **random)
@@ -188,14 +173,13 @@ class CIFAR100(Dataset):
         i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
         if self.images.is_cuda:  # a copy from pinned memory is one that the host need not wait for
             i = i.pin_memory().to(self.device, non_blocking=True)
-        with timed("augmentation"):
-            images, targets = self.images[i], self.labels[i]
-            if self.augment != "none":
-                images = 255 * three_augment(images)
-            if self.augment == "mix":
-                images, targets = mix(images, targets, self.num_classes)
-            images, targets = self.own(images, targets)
-            return self.normalise(images), targets
+        images, targets = self.images[i], self.labels[i]
+        if self.augment != "none":
+            images = 255 * three_augment(images)
+        if self.augment == "mix":
+            images, targets = mix(images, targets, self.num_classes)
+        images, targets = self.own(images, targets)
+        return self.normalise(images), targets
 
 
 def batch_indices(step, batch_size, n, seed):
@@ -223,7 +207,7 @@ def cifar100_folder(root):
     if not archive.exists():
         download(CIFAR100_URL, CIFAR100_MD5, archive)
     elif md5(archive) != CIFAR100_MD5:
-        raise DataError(f"{archive} is damaged, or not the official archive: delete it and run again to download it")
+        raise UserError(f"{archive} is damaged, or not the official archive: delete it and run again to download it")
     with tempfile.TemporaryDirectory(dir=root) as tmp, tarfile.open(archive) as tar:
         made = Path(tmp) / folder.name
         made.mkdir()
@@ -243,11 +227,11 @@ def download(url, expected_md5, path):
                 with open(tmp, "wb") as f, tqdm.wrapattr(reply, "read", size, desc=path.name, disable=None) as counted:
                     shutil.copyfileobj(counted, f)
                 if md5(tmp) != expected_md5:
-                    raise DataError(
+                    raise UserError(
                         f"what came from {url} is truncated or altered: run again, or put the file at {path}"
                     )
     except (OSError, HTTPException) as e:
-        raise DataError(
+        raise UserError(
             f"cannot download {url} ({e}): download it by other means, put it at {path} and run again"
         ) from e
 
@@ -276,4 +260,4 @@ def read_cifar100(path):
             raise ValueError("not as many labels from 0 to 99 as images of bytes")
         return torch.from_numpy(images), torch.from_numpy(labels)
     except Exception as e:  # a damaged pickle can fail in any way
-        raise DataError(f"cannot read {path} ({e}): delete {path.parent} and run again to have it made anew") from e
+        raise UserError(f"cannot read {path} ({e}): delete {path.parent} and run again to have it made anew") from e

@@ -1,0 +1,132 @@
+"""The command line of every script, and the one place where a mistake that a user can fix becomes a line."""
+
+import argparse
+import ast
+import functools
+import inspect
+import math
+import sys
+
+import torch
+
+from lab.distributed import LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, defer
+
+
+class UserError(Exception):
+    """What a user can fix, in one line that says how; and the exit code."""
+
+    def __init__(self, why, code=2):
+        super().__init__(why)
+        self.code = code
+
+
+def one_line_errors(main):
+    """Decorate a script's main(argv): what a user can fix ends it with one line and exit code 2.
+
+    What only a bug can cause is raised, with its traceback. main may return another exit code.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv) or 0
+        except KeyboardInterrupt:
+            print("Stopped at once.", file=sys.stderr)
+            return 130
+        except UserError as e:
+            return failed(e, e.code)
+        except OSError as e:
+            return failed(e)
+        except torch.OutOfMemoryError:
+            return failed(
+                "the GPU's memory is full: try a smaller --batch-size, --micro-batch or model, or --device cpu"
+            )
+        except RuntimeError as e:
+            if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and has said why
+                return 1
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                return failed(f"torch.compile failed ({first_line(e)}): install a C++ compiler, or add --no-compile")
+            raise
+
+    return wrapped
+
+
+def failed(why, code=2):
+    defer()
+    print(f"error: {why}", file=sys.stderr)
+    return code
+
+
+def first_line(e):
+    return str(e).partition("\n")[0] or type(e).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring for --help, takes no abbreviations, and complains in one line."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):  # without the usage in front
+        raise UserError(message)
+
+
+def number(kind, least=None, most=math.inf):
+    """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+            good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
+        except (ValueError, OverflowError):  # the latter from an integer of hundreds of digits
+            good = False
+        if not good:
+            limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
+            )
+        return value
+
+    return parse
+
+
+def parse_options(words, pe, make):
+    """--pe-options: ["block_size=4", "theta=50"] -> {"block_size": 4, "theta": 50}, keyword options of make()."""
+    parameters = inspect.signature(make).parameters.values() if make else ()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "pos_dim"}
+    options = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in known:
+            raise UserError(f"--pe {pe} has no option {name!r}: it has {', '.join(known) or 'none'}")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # a word, such as init=uniform
+            options[name] = text
+        kinds = {bool: (bool,), float: (int, float), int: (int,), str: (str,)}.get(type(known[name]), (object,))
+        if type(options[name]) not in kinds and object not in kinds:
+            raise UserError(f"--pe-options {name} must be like {known[name]}, not {text!r}")
+    return options
+
+
+def add_device_flags(parser):
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (if on CUDA)")
+
+
+def usable_device(name):
+    """-> this rank's torch.device: of several ranks each has a GPU of its own, or all share the CPU."""
+    if WORLD_SIZE > 1 and name.startswith("cuda"):
+        if (gpus := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
+            raise UserError(f"{LOCAL_WORLD_SIZE} processes need as many GPUs, here are {gpus}: change --nproc_per_node")
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which it is that is waited for, and that graphs are compiled for
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e

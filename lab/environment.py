@@ -1,0 +1,34 @@
+"""Where a result was measured, with what, and by which command: so that it can be measured again."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lab.distributed import LOCAL_WORLD_SIZE, WORLD_SIZE
+
+
+def environment(device):
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or not a checkout
+    return {"device": device_name(device), "torch": str(torch.__version__), "commit": commit, "command": command()}
+
+
+def device_name(device):
+    name = f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if str(device).startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} x {name}"
+
+
+def command(resume=False):
+    """What was typed, so that it can be typed again."""
+    torchrun = ["torchrun", f"--nproc_per_node={LOCAL_WORLD_SIZE}", *sys.argv]
+    typed = ["python", *sys.orig_argv[1:]] if WORLD_SIZE == 1 else torchrun
+    return shlex.join(typed + ["--resume"] * (resume and "--resume" not in typed))
