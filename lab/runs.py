@@ -1,5 +1,6 @@
 """A run: its data set, its model and its accuracy; what train.py writes into its folder, and all scripts read there."""
 
+import io
 import math
 from contextlib import contextmanager
 
@@ -44,8 +45,10 @@ def save_checkpoint(folder, config, model, optimizer, state):
     """Write last.pt and curves.png. config is what decides the run's result, state a dict that is kept as it is."""
     (folder / "evaluation.json").unlink(missing_ok=True)  # of the weights that are replaced here
     saved = {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | state
-    with replacing(folder / "last.pt") as tmp, open(tmp, "wb") as f:  # given a path, torch.save hides what went wrong
-        torch.save(saved, f)
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)  # not to the disk: if that is full, torch.save hides it behind a RuntimeError
+    with replacing(folder / "last.pt") as tmp:
+        tmp.write_bytes(buffer.getbuffer())
     if state["log"]:
         plot_curves(folder / "curves.png", "{pe} on {dataset}, seed {seed}".format(**config), state["log"])
 

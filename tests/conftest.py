@@ -58,15 +58,14 @@ def scores(rope, q, k, pos):
 
 
 def small_vit(pe, **options):
-    """Two layers of two heads that do not attend evenly, so that positions count; in evaluation mode."""
+    """Two layers of two heads, in evaluation mode. The first attends far from evenly, so that positions count."""
     torch.manual_seed(0)
     vit = ViT(pe, **{"num_classes": 10, "depth": 2, "num_heads": 2, "head_dim": 24} | options).eval()
-    if vit.blocks:
-        torch.nn.init.normal_(vit.blocks[0].attn.qkv.weight)
+    torch.nn.init.normal_(vit.blocks[0].attn.qkv.weight)
     return vit
 
 
-# The layout of channels and of LieRE's parameters: no test knows them but through these
+# The order of channels and the layout of LieRE's parameters, which tests know only through these functions
 
 
 def group(j, n, size):

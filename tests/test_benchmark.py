@@ -57,11 +57,11 @@ def test_decoding_is_compared_with_plain_pillow():
 
 
 def test_defaults_are_all_encodings_and_settings_for_the_device():
-    args = benchmark.parse_args(["--device=cpu"])
-    assert args.parts == PARTS[:6] and args.pe == list(ENCODINGS)
-    assert (args.img_size, args.batch_size, args.amp, args.compile) == (32, 32, False, False)
-    args = benchmark.parse_args(["--device=cuda:1", "--batch-size=4", "--no-amp"])
-    assert (args.img_size, args.batch_size, args.amp, args.compile) == (224, 4, False, True)
+    flags = "--device=cpu", "--device=cuda:1 --batch-size=4", "--device=cuda --no-amp"
+    cpu, gpu, exact = (benchmark.parse_args(line.split()) for line in flags)
+    assert cpu.parts == PARTS[:6] and cpu.pe == list(ENCODINGS)
+    assert (cpu.img_size, cpu.batch_size, cpu.amp, cpu.compile) == (32, 32, False, False)
+    assert (gpu.img_size, gpu.batch_size, gpu.amp, gpu.compile) == (224, 4, True, True) and not exact.amp
 
 
 def test_options_reach_every_encoding():

@@ -9,7 +9,6 @@ import torch
 from conftest import ROTARY, small_vit
 from torch import nn
 
-from rope_axial import AxialRoPE
 from vit import ENCODINGS, DropPath, ViT
 
 
@@ -151,13 +150,13 @@ def test_defaults_and_initialisation():
 def test_options_reach_the_encoding_of_every_layer(float64):
     pos = torch.randn(9, 2)
     for block in small_vit("axial", theta=10.0).blocks:
-        assert torch.equal(block.attn.rope.rotation(pos), AxialRoPE(24, 2, theta=10.0).rotation(pos))
+        assert torch.equal(block.attn.rope.rotation(pos), ENCODINGS["axial"](24, 2, theta=10.0).rotation(pos))
     a, b = (block.attn.rope.freqs for block in small_vit("mixed", img_size=56).blocks)  # 14 patches a side
     assert a.norm(dim=1).max().item() == pytest.approx(13 / (2 * math.pi), rel=1e-5) and not torch.equal(a, b)
 
 
 def assert_precise(vit, compiled, images):
-    """compiled rounds no more than a few times as much as vit does, beside float64."""
+    """compiled is off float64 by no more than a few times as much as vit is."""
     exact = copy.deepcopy(vit).double()(images.double())
     error = (vit(images) - exact).abs().max() + 16 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert (compiled(images) - exact).abs().max() < 4 * error
