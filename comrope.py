@@ -1,35 +1,41 @@
-"""ComRoPE: matrix exponentials that commute, and so are equivariant (Yu et al. 2025, arXiv 2506.03737, eq. 8 and 10).
+"""ComRoPE: matrix exponentials that commute, and so are equivariant (Yu et al. 2025, eq. 8 and 10).
+
+    rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
+    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
 
 A token at position p turns each block of b channels of its query and key by a power of one rotation of that block:
 
     R(p) = diag(exp(c_1 B_1), ..., exp(c_K B_K))      B_j = P_j - P_j^T, P_j learned for each head
 
+which is torch.matrix_exp(c * B) in one line, and slowly. There are two kinds:
+
     ld    linearly dependent: c_j = theta_1j p_1 + ... + theta_Mj p_M, theta learned and shared by the heads
     ap    axial partition: the blocks belong to the M axes in turn; theta_mj is 1 for block j's axis m, and else 0
 
-    orthogonal     R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
     equivariant    R(p)^T R(q) = R(q - p): all that meets in a block commutes
     oblique        with ld, as Mixed RoPE; with ap a block knows one axis only
 
+Which channels turn with what (head_dim = 9, block_size = 4; what no block needs comes last and passes unrotated):
+
+    channel   0   1   2   3   4   5   6   7   8
+             | exp(c_1 B_1)  | exp(c_2 B_2)  |free       ap: c_1 = x, c_2 = y
+
 P = 0 makes R = I: a model that was trained without it can be given ComRoPE, and fine-tuned. On a grid that spans
-[-pi, pi], P begins in N(0, 1 / (2 pi)^2) and theta in N(0, 1). blocks is P, (H, K, b, b), with K = D // b.
-
-Channel order: block after block, then what no block needs, which passes unrotated.
-
-The exponential is what costs. exp(theta_1 x B + theta_2 y B) = exp(theta_1 x B) exp(theta_2 y B), so it is taken of a
-grid's coordinates, not of its points: once of each distinct one, and of x for -x too, since exp(-A) = exp(A)^T. How
-many there are depends on the data, which no compiled graph should wait for: torch.compile and torch.jit.trace have it
-taken of all points.
+[-pi, pi], P begins in N(0, 1 / (2 pi)^2) and theta in N(0, 1). Source: arXiv 2506.03737.
+This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 
 
 class ComRoPE(nn.Module):
-    """Rotates queries and keys by exponentials that commute. kind: "ap" or "ld"; block_size: channels a block."""
+    """Rotates queries and keys by exponentials that commute. kind: "ap" or "ld"; block_size: channels per block."""
 
     def __init__(self, head_dim, num_heads, *, kind="ld", block_size=8, pos_dim=2):
         super().__init__()
@@ -40,40 +46,35 @@ class ComRoPE(nn.Module):
         K, b = head_dim // block_size, block_size
         if kind == "ap" and pos_dim > K:
             raise ValueError(f"head_dim must be at least pos_dim * block_size = {pos_dim * b} for 'ap', got {head_dim}")
-        self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
-        self.kind, self.block_size = kind, b
+        self.head_dim, self.num_heads, self.pos_dim, self.kind, self.block_size = head_dim, num_heads, pos_dim, kind, b
         self.blocks = nn.Parameter(torch.randn(num_heads, K, b, b) / (2 * math.pi))
         if kind == "ld":
             self.theta = nn.Parameter(torch.randn(pos_dim, K))
 
     def forward(self, q, k, pos):
-        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
-        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
-            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
-        R = self.block_rotations(pos, torch.promote_types(q.dtype, torch.float32))
-        return rotate(q, R), rotate(k, R)
+        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-    def rotation(self, pos):
-        """pos (T, M) or (B, T, M) -> R (H, T, D, D) or (B, H, T, D, D); float64 where pos is."""
-        blocks = self.block_rotations(pos, torch.promote_types(pos.dtype, torch.float32))
-        R = torch.eye(self.head_dim, dtype=blocks.dtype, device=pos.device).repeat(*blocks.shape[:-3], 1, 1)
-        for j in range(blocks.shape[-3]):
-            block = slice(j * self.block_size, (j + 1) * self.block_size)
-            R[..., block, block] = blocks[..., j, :, :]
-        return R
+        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        """
+        check(self, k, pos)
+        R = self.block_rotations(q, pos)
+        return turn(q, R), turn(k, R)
 
-    def block_rotations(self, pos, dtype):
-        """pos (..., T, M) -> the blocks of R, (..., H, T, K, b, b)."""
-        if pos.shape[-1] != self.pos_dim:
-            raise ValueError(f"pos must be (..., T, {self.pos_dim}), got {tuple(pos.shape)}")
+    def rotate(self, x, pos):
+        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        return turn(x, self.block_rotations(x, pos))
+
+    def block_rotations(self, x, pos):
+        """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
+        check(self, x, pos)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         P, theta = self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT
-        with torch.autocast(pos.device.type, enabled=False):
-            if recorded() or pos.requires_grad:
+        with no_autocast(x):
+            if is_tracing(pos, B, theta) or pos.requires_grad or unpack_dual(pos).tangent is not None:
                 return skew_exp(torch.einsum("...tm,mk,hkij->...htkij", pos.to(dtype), theta, B))
+            # exp(theta_1 x B) exp(theta_2 y B), with one exponential for each distinct coordinate, and for x and -x
+            # together: there are fewer of these than points in a grid
             x, index = pos.abs().unique(return_inverse=True)
             index = index + len(x) * (pos < 0)
             E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", x.to(dtype), theta, B))
@@ -82,6 +83,14 @@ class ComRoPE(nn.Module):
             for other in others:
                 R = R @ other
             return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
+
+    def rotation(self, pos):
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        if pos.dim() == 3:
+            return torch.stack([self.rotation(p) for p in pos])
+        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
+        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
+        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def factors(self, dtype):
         """theta (M, K): learned for ld, 1 at each block's axis for ap."""
@@ -95,46 +104,67 @@ class ComRoPE(nn.Module):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
 
 
+def turn(x, R):
+    """R x for x (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
+    H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
+    with no_autocast(x):
+        blocks = x[..., : K * b].to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
+        blocks = torch.einsum("bhgtkj,bhtkij->bhgtki", blocks, R if R.dim() == 6 else R[None])
+        blocks = blocks.flatten(1, 2).flatten(-2).type_as(x)
+        return torch.cat([blocks, x[..., K * b :]], dim=-1) if K * b < x.shape[-1] else blocks
+
+
+# What makes it fast and safe
+
+
 def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms up to the largest. The spectral norm of A is at most the
-    square root of |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. To read that off makes the host
-    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, before R ceases to be
-    a rotation. (Products in TF32 instead of float32 would make R less exact.)
+    loses nothing of a small X, so that one s serves all norms. The spectral norm of A is at most the square root of
+    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. Where it is above 3200, or not a number, there is
+    no exact rotation in float32: the result is NaN there, and as it would be without it elsewhere.
     """
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A
-    A3 = A2 @ A
-    norm = (A2.detach().norm(dim=(-2, -1)).max() / math.sqrt(2)).sqrt()
-    most = 3200 if recorded() else norm.item()
-    s = max(0, math.frexp(most / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
+    good = (norm <= 3200)[..., None, None]
+    A, A2 = A.where(good, 0), A2.where(good, 0)
+    largest = 3200 if is_tracing(A) else F.pad(norm.where(norm <= 3200, 0).flatten(), (0, 1)).max().item()
+    s = max(0, math.frexp(largest / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
-    X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    X = c[1] * A + c[2] * A2 + A @ A2 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A @ A2)
     for _ in range(s):
         X = X @ (X + 2 * eye)
-    R = X + eye
-    return R.where(norm <= most, math.nan) if recorded() else R
+    return (X + eye).where(good, math.nan)
 
 
-def recorded():
-    """Whether this runs only to be compiled or traced: then no step may depend on the data."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def is_tracing(*tensors):
+    """Whether no step may depend on values: compiled or traced, or they cannot be read (under vmap, on meta)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    try:
+        sum(tensor.sum() for tensor in tensors).item()
+        return False
+    except RuntimeError:
+        return True
 
 
-def rotate(z, R):
-    """R z for z (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
-    K, b = R.shape[-3], R.shape[-1]
-    turning, rest = z.split([K * b, z.shape[-1] - K * b], dim=-1)
-    with torch.autocast(z.device.type, enabled=False):
-        turning = turning.to(R.dtype).unflatten(-1, (K, b))
-        turning = torch.einsum("bhtkj,bhtkij->bhtki", turning, R if R.dim() == 6 else R[None])
-        return torch.cat([turning.flatten(-2).type_as(z), rest], dim=-1)
+def no_autocast(x):
+    """Angles and exponentials are float32 whatever autocast says."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def check(rope, x, pos):
+    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
+    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
+        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
+    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     p, q = torch.randn(2, 100, 2, dtype=torch.float64)
     for kind in "ap", "ld":
         rope = ComRoPE(head_dim=64, num_heads=6, kind=kind)

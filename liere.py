@@ -1,77 +1,106 @@
 """LieRE: a learned rotation for each position, of a head's channels or of blocks of them (Ostmeier et al. 2024).
 
+    rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
+    q, k = rope(q, k, pos)                                # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
+
 A token at position p = (x, y) turns its query and key by the exponential of a skew-symmetric matrix linear in p:
 
     R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head
 
-    orthogonal         R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
+which is torch.matrix_exp(x * A_x + y * A_y) in one line, and slowly. So R is
+
+    orthogonal         R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
     not equivariant    R(p)^T R(q) = R(q - p) only if A_x A_y = A_y A_x: always in blocks of 2, rarely in larger ones
     oblique            a block mixes x and y as it likes
 
+Which channels turn with what (head_dim = 9, block_size = 4; what no block needs comes last and passes unrotated):
+
+    channel   0   1   2   3   4   5   6   7   8
+             | first block   | second block  |free
+
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
 RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). generators is (H, M, K, b, b), K = D // b blocks of b, of which the strict upper triangle, U, counts. Its
-entries begin uniform in [0, 1), in radians per unit of position, on a grid that spans [-pi, pi].
-
-Channel order: block after block, then what no block needs, which passes unrotated. (arXiv 2406.10322)
-
-The exponential is what costs. It is taken once of each distinct position, and of p for -p too, since R(-p) = R(p)^T: on
-a symmetric grid that halves the work. How many there are depends on the data, which no compiled graph should wait for:
-torch.compile and torch.jit.trace have it taken of all positions.
+2511.08368). The entries of U begin uniform in [0, 1), in radians per unit of position. Source: arXiv 2406.10322.
+This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 
 
 class LieRE(nn.Module):
-    """Rotates queries and keys by matrix exponentials. block_size: channels a block, None for all of a head in one."""
+    """Rotates queries and keys by matrix exponentials. block_size: channels per block, None for the whole head."""
 
     def __init__(self, head_dim, num_heads, *, block_size=None, pos_dim=2):
         super().__init__()
         b = head_dim if block_size is None else block_size
         if not 2 <= b <= head_dim:
             raise ValueError(f"block_size must be from 2 to head_dim = {head_dim}, got {b}")
-        self.head_dim, self.num_heads, self.block_size = head_dim, num_heads, b
-        self.generators = nn.Parameter(torch.rand(num_heads, pos_dim, head_dim // b, b, b).triu(1))
+        self.head_dim, self.num_heads, self.pos_dim, self.block_size = head_dim, num_heads, pos_dim, b
+        self.generators = nn.Parameter(torch.rand(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # U, row by row
 
     def forward(self, q, k, pos):
-        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
-        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
-            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
-        R = self.block_rotations(pos, torch.promote_types(q.dtype, torch.float32))
-        return rotate(q, R), rotate(k, R)
+        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-    def rotation(self, pos):
-        """pos (T, M) or (B, T, M) -> R (H, T, D, D) or (B, H, T, D, D); float64 where pos is."""
-        blocks = self.block_rotations(pos, torch.promote_types(pos.dtype, torch.float32))
-        R = torch.eye(self.head_dim, dtype=blocks.dtype, device=pos.device).repeat(*blocks.shape[:-3], 1, 1)
-        for j in range(blocks.shape[-3]):
-            block = slice(j * self.block_size, (j + 1) * self.block_size)
-            R[..., block, block] = blocks[..., j, :, :]
-        return R
+        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        """
+        check(self, k, pos)
+        R = self.block_rotations(q, pos)
+        return turn(q, R), turn(k, R)
 
-    def block_rotations(self, pos, dtype):
-        """pos (..., T, M) -> the blocks of R, (..., H, T, K, b, b) with K = D // b."""
-        if pos.shape[-1] != self.generators.shape[1]:
-            raise ValueError(f"pos must be (..., T, {self.generators.shape[1]}), got {tuple(pos.shape)}")
-        U = self.generators.to(dtype).triu(1)
-        A = U - U.mT
-        with torch.autocast(pos.device.type, enabled=False):
-            if recorded() or pos.requires_grad:
+    def rotate(self, x, pos):
+        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        return turn(x, self.block_rotations(x, pos))
+
+    def block_rotations(self, x, pos):
+        """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
+        check(self, x, pos)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        A = self.matrices(dtype)
+        with no_autocast(x):
+            if is_tracing(pos, A) or pos.requires_grad or unpack_dual(pos).tangent is not None:
                 return skew_exp(torch.einsum("...tm,hmkij->...htkij", pos.to(dtype), A))
+            # The same, but one exponential for each distinct position, and for p and -p together: R(-p) = R(p)^T
             p, index = distinct(pos)
             R = skew_exp(torch.einsum("nm,hmkij->hnkij", p.to(dtype), A))
             R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
             return R.movedim(0, -5)
 
+    def matrices(self, dtype=torch.float32):
+        """A_m = U_m - U_m^T of each block: (H, M, K, b, b)."""
+        b = self.block_size
+        U = self.generators.new_zeros(*self.generators.shape[:-1], b, b, dtype=dtype)
+        i, j = torch.triu_indices(b, b, 1, device=U.device)
+        U[..., i, j] = self.generators.to(dtype)
+        return U - U.mT
+
+    def rotation(self, pos):
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        if pos.dim() == 3:
+            return torch.stack([self.rotation(p) for p in pos])
+        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
+        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
+        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
+
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, block_size={self.block_size}"
+
+
+def turn(x, R):
+    """R x for x (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
+    H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
+    with no_autocast(x):
+        blocks = x[..., : K * b].to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
+        blocks = torch.einsum("bhgtkj,bhtkij->bhgtki", blocks, R if R.dim() == 6 else R[None])
+        blocks = blocks.flatten(1, 2).flatten(-2).type_as(x)
+        return torch.cat([blocks, x[..., K * b :]], dim=-1) if K * b < x.shape[-1] else blocks
+
+
+# What makes it fast and safe
 
 
 def distinct(pos):
@@ -92,44 +121,52 @@ def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms up to the largest. The spectral norm of A is at most the
-    square root of |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. To read that off makes the host
-    wait for a GPU: a compiled graph allows for up to 3200 instead, and gives NaN beyond, before R ceases to be
-    a rotation. (Products in TF32 instead of float32 would make R less exact.)
+    loses nothing of a small X, so that one s serves all norms. The spectral norm of A is at most the square root of
+    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. Where it is above 3200, or not a number, there is
+    no exact rotation in float32: the result is NaN there, and as it would be without it elsewhere.
     """
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     A2 = A @ A
-    A3 = A2 @ A
-    norm = (A2.detach().norm(dim=(-2, -1)).max() / math.sqrt(2)).sqrt()
-    most = 3200 if recorded() else norm.item()
-    s = max(0, math.frexp(most / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
+    good = (norm <= 3200)[..., None, None]
+    A, A2 = A.where(good, 0), A2.where(good, 0)
+    largest = 3200 if is_tracing(A) else F.pad(norm.where(norm <= 3200, 0).flatten(), (0, 1)).max().item()
+    s = max(0, math.frexp(largest / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
-    X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    X = c[1] * A + c[2] * A2 + A @ A2 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A @ A2)
     for _ in range(s):
         X = X @ (X + 2 * eye)
-    R = X + eye
-    return R.where(norm <= most, math.nan) if recorded() else R
+    return (X + eye).where(good, math.nan)
 
 
-def recorded():
-    """Whether this runs only to be compiled or traced: then no step may depend on the data."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def is_tracing(*tensors):
+    """Whether no step may depend on values: compiled or traced, or they cannot be read (under vmap, on meta)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    try:
+        sum(tensor.sum() for tensor in tensors).item()
+        return False
+    except RuntimeError:
+        return True
 
 
-def rotate(z, R):
-    """R z for z (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
-    K, b = R.shape[-3], R.shape[-1]
-    turning, rest = z.split([K * b, z.shape[-1] - K * b], dim=-1)
-    with torch.autocast(z.device.type, enabled=False):
-        turning = turning.to(R.dtype).unflatten(-1, (K, b))
-        turning = torch.einsum("bhtkj,bhtkij->bhtki", turning, R if R.dim() == 6 else R[None])
-        return torch.cat([turning.flatten(-2).type_as(z), rest], dim=-1)
+def no_autocast(x):
+    """Angles and exponentials are float32 whatever autocast says."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def check(rope, x, pos):
+    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
+    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
+        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
+    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     p, q = torch.randn(2, 100, 2, dtype=torch.float64)
-    for block_size in None, 8, 2:
+    for block_size in 8, 2:
         rope = LieRE(head_dim=64, num_heads=6, block_size=block_size)
         Rp, Rq = rope.rotation(p), rope.rotation(q)
         print(rope)

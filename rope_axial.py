@@ -1,23 +1,31 @@
 """Axial RoPE: each pair of channels turns with the position along one axis (Su et al. 2021; Heo et al. 2024).
 
+    rope = AxialRoPE(head_dim=64, num_heads=6)  # one for each attention layer
+    q, k = rope(q, k, pos)                      # q, k (B, H, T, D); pos (T, 2): x, y of each token, in [-pi, pi]
+
 A token at position p = (x, y) turns the pairs of channels of its query and key, half of them with x, half with y:
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
 A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What is left is the difference, so R is
 
-    orthogonal     R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
     not oblique    a pair knows one axis only, and so a score is f(x_i, x_j) + g(y_i, y_j)
 
-The last line is proposition 3 of van de Geijn et al. 2025 (arXiv 2511.08368). All of it holds for M axes as for two.
-Frequencies w are in radians per unit of position, on a grid that spans [-pi, pi]:
+Which channels turn with what (head_dim = 10; what no pair needs comes last and passes unrotated):
 
-    fixed      w_d = theta^(-2d / D), D = head_dim, theta = 100: one ladder for all heads and axes (their section 2.4)
+    channel   0   1   2   3   4   5   6   7   8   9
+             | w_0 x | w_1 x | w_0 y | w_1 y |  free |
+
+Frequencies w are in radians per unit of position:
+
+    fixed      w_d = theta^(-2d / D), D = head_dim, the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
     learned    one for each head, axis and pair, drawn from U[0, 1)
 
-Channel order: the first coordinates of all pairs, the second ones, then what no pair needs, which passes unrotated.
+All of it holds for M axes as for two. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
+This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import torch
@@ -25,77 +33,98 @@ from torch import nn
 
 
 class AxialRoPE(nn.Module):
-    """Rotates queries and keys, one axis for each pair of channels. At least 2 * pos_dim channels a head."""
+    """Rotates queries and keys, one axis for each pair of channels. head_dim must be at least 2 * pos_dim."""
 
     def __init__(self, head_dim, num_heads, *, learned=False, uniform=False, theta=100.0, pos_dim=2):
         super().__init__()
-        n = head_dim // (2 * pos_dim)  # pairs for each axis
-        if n < 1:
+        self.pairs = head_dim // (2 * pos_dim)  # for each axis
+        if self.pairs < 1:
             raise ValueError(f"head_dim must be at least 2 * pos_dim = {2 * pos_dim}, got {head_dim}")
         if learned and uniform:
             raise ValueError("uniform frequencies are fixed: choose learned=True or uniform=True, not both")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
         self.learned, self.uniform, self.theta = learned, uniform, 1.0 if uniform else theta
         if learned:
-            self.freqs = nn.Parameter(torch.rand(num_heads, pos_dim, n))
-        else:
-            self.register_buffer("freqs", self.ladder(), persistent=False)
+            self.freqs = nn.Parameter(torch.rand(num_heads, pos_dim, self.pairs))
 
     def forward(self, q, k, pos):
-        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
-        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
-            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
-        angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
+
+        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        """
+        check(self, k, pos)
+        table = self.table(q, pos)
+        return turn(q, table), turn(k, table)
+
+    def rotate(self, x, pos):
+        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        return turn(x, self.table(x, pos))
+
+    def table(self, x, pos):
+        """Cosine and sine of each pair's angle w x or w y: (1 or num_heads, T, M * pairs, 2), or (B, ...)."""
+        check(self, x, pos)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        w = self.frequencies(dtype, pos.device)
+        angle = (pos.to(dtype)[..., None, :, :, None] * w[:, None]).flatten(-2)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    def frequencies(self, dtype=torch.float32, device=None):
+        """w (1 or num_heads, M, pairs). The fixed ones are no state: nothing can round or lose them."""
+        if self.learned:
+            return self.freqs.to(dtype)
+        d = torch.arange(self.pairs, dtype=dtype, device=device)
+        return (self.theta ** (-2 * d / self.head_dim)).expand(1, self.pos_dim, -1)
 
     def rotation(self, pos):
-        """pos (T, M) or (B, T, M) -> R (H or 1, T, D, D) or (B, H or 1, T, D, D); float64 where pos is."""
-        angle = self.angle(pos, torch.promote_types(pos.dtype, torch.float32)).unsqueeze(-2)
-        basis = torch.eye(self.head_dim, dtype=angle.dtype, device=angle.device)
-        return rotate(basis.expand(*angle.shape[:-2], -1, -1), angle.cos(), angle.sin()).mT  # column i is R e_i
-
-    def angle(self, pos, dtype):
-        """pos (..., T, M) -> the angle of every pair, (..., H or 1, T, P) with P = M * n."""
-        if pos.shape[-1] != self.freqs.shape[1]:
-            raise ValueError(f"pos must be (..., T, {self.freqs.shape[1]}), got {tuple(pos.shape)}")
-        return (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).flatten(-2)
-
-    def ladder(self, device=None):
-        """The fixed frequencies (1, M, n), n pairs for each axis."""
-        d = torch.arange(self.head_dim // (2 * self.pos_dim), dtype=torch.float32, device=device)
-        return (self.theta ** (-2 * d / self.head_dim)).repeat(1, self.pos_dim, 1)
-
-    def _apply(self, fn, recurse=True):
-        exact = self.freqs
-        super()._apply(fn, recurse)
-        if not self.learned:  # .bfloat16() must not round what is fixed, nor a stay on the meta device lose it
-            device = self.freqs.device
-            self.freqs = self.ladder(device) if exact.is_meta else exact.to(device)
-        return self
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        if pos.dim() == 3:
+            return torch.stack([self.rotation(p) for p in pos])
+        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
+        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
+        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, learned={self.learned}, uniform={self.uniform}"
 
 
-def rotate(z, cos, sin):
-    """Turn the pairs (z_i, z_{P+i}) of z (..., D) by angles whose cos and sin are (..., P)."""
-    P = cos.shape[-1]
-    a, b, rest = z.split([P, P, z.shape[-1] - 2 * P], dim=-1)
-    a, b = a * cos - b * sin, a * sin + b * cos
+def turn(x, table):
+    """Turn each pair (a, b) of x (B, H, T, D) by the angle whose cosine and sine are in the table."""
+    if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
+        table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
+    n = 2 * table.shape[-2]
+    pairs = x[..., :n].to(table.dtype).unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the lines above
+        pairs = torch.view_as_real(as_complex(pairs) * torch.view_as_complex(table))
+    pairs = pairs.flatten(-2).type_as(x)
     with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
-        return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
+        return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
+
+
+# What makes it fast and safe
+
+
+def as_complex(z):
+    """View z (..., 2) as complex numbers (...), without a copy unless they lie at odd places in memory."""
+    odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
+    return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
+
+
+def check(rope, x, pos):
+    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
+    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
+        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
+    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
-    for options in {}, {"uniform": True}, {"learned": True}:
-        rope = AxialRoPE(head_dim=64, num_heads=6, **options)
-        Rp, Rq = rope.rotation(p), rope.rotation(q)
-        print(rope)
-        print(f"  orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-        print(f"  equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+    rope = AxialRoPE(head_dim=64, num_heads=6)
+    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    print(rope)
+    print(f"orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")

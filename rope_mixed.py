@@ -1,21 +1,31 @@
 """Mixed RoPE: each pair of channels turns along a direction of its own, which is learned (Heo et al. 2024).
 
+    rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer; 14 x 14 patches in training
+    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
+
 A token at position p = (x, y) turns every pair of channels of its query and key by an angle that is linear in p:
 
     R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-    orthogonal     R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
     oblique        a pair can respond to a direction that is not along an axis
 
+Which channels turn with what (head_dim = 7; what no pair needs comes last and passes unrotated):
+
+    channel   0   1   2   3   4   5   6
+             |w_0 . p|w_1 . p|w_2 . p|free
+
 It is all that equivariance allows: any exponentials that are equivariant are Mixed RoPE in another basis (van de Geijn
 et al. 2025, proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies are learned for
-each head, in radians per unit of position, on a grid that spans [-pi, pi]. They begin as
+each head, axis and pair, in radians per unit of position. They begin as
 
-    heo        orthogonal directions turned at random, half of the pairs along each, by theta^(-4d / D) a patch
-    uniform    U[0, 1) for each axis and pair, as in van de Geijn et al.
+    heo        two orthogonal directions, turned at random, for each head; half of the pairs along each of them, by
+               theta^(-4d / D) radians per patch: positions span [-pi, pi], so grid, the patches per side, converts it
+    uniform    U[0, 1), as in van de Geijn et al.
 
-Channel order: the first coordinates of all pairs, the second ones, then what no pair needs, which passes unrotated.
+All of it holds for M axes as for two. Source: arXiv 2403.13298.
+This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
@@ -25,73 +35,98 @@ from torch import nn
 
 
 class MixedRoPE(nn.Module):
-    """Rotates queries and keys by angles linear in the position. At least 2 channels a head.
-
-    init="heo" needs to know the grid, its patches a side in training, because it counts whole patches.
-    """
+    """Rotates queries and keys by angles linear in the position. head_dim must be at least 2."""
 
     def __init__(self, head_dim, num_heads, *, init="heo", theta=10.0, grid=8, pos_dim=2):
         super().__init__()
-        n = head_dim // 2  # pairs
-        if n < 1:
+        pairs = head_dim // 2
+        if pairs < 1:
             raise ValueError(f"head_dim must be at least 2, got {head_dim}")
         if init not in ("heo", "uniform"):
             raise ValueError(f"init must be 'heo' or 'uniform', got {init!r}")
-        self.head_dim, self.num_heads, self.init = head_dim, num_heads, init
-        freqs = torch.rand(num_heads, pos_dim, n)
+        self.head_dim, self.num_heads, self.pos_dim, self.init = head_dim, num_heads, pos_dim, init
+        freqs = torch.rand(num_heads, pos_dim, pairs)
         if init == "heo":
             directions = torch.randn(num_heads, pos_dim, pos_dim, dtype=torch.float32)
             basis, upper = torch.linalg.qr(directions)  # columns: a head's directions
             basis *= upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # any direction is as likely
             basis[..., -1] *= torch.linalg.det(basis).sign()[:, None]  # turned, not mirrored
-            d = torch.arange(n)
-            along = math.ceil(n / pos_dim)  # pairs along each direction
+            d = torch.arange(pairs)
+            along = math.ceil(pairs / pos_dim)  # pairs along each direction
             magnitude = theta ** (-2 * pos_dim * (d % along) / head_dim) * (grid - 1) / (2 * math.pi)
             freqs = basis[..., d // along] * magnitude
         self.freqs = nn.Parameter(freqs)
 
     def forward(self, q, k, pos):
-        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shape and dtype."""
-        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
-        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
-            raise ValueError(f"pos must be (T, M) or (B, T, M) with T = {q.shape[2]}, got {tuple(pos.shape)}")
-        angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
+
+        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        """
+        check(self, k, pos)
+        table = self.table(q, pos)
+        return turn(q, table), turn(k, table)
+
+    def rotate(self, x, pos):
+        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        return turn(x, self.table(x, pos))
+
+    def table(self, x, pos):
+        """Cosine and sine of each pair's angle w . p: (num_heads, T, pairs, 2) or (B, num_heads, T, pairs, 2)."""
+        check(self, x, pos)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angle = (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def rotation(self, pos):
-        """pos (T, M) or (B, T, M) -> R (H, T, D, D) or (B, H, T, D, D); float64 where pos is."""
-        angle = self.angle(pos, torch.promote_types(pos.dtype, torch.float32)).unsqueeze(-2)
-        basis = torch.eye(self.head_dim, dtype=angle.dtype, device=angle.device)
-        return rotate(basis.expand(*angle.shape[:-2], -1, -1), angle.cos(), angle.sin()).mT  # column i is R e_i
-
-    def angle(self, pos, dtype):
-        """pos (..., T, M) -> the angle of every pair, (..., H, T, n)."""
-        if pos.shape[-1] != self.freqs.shape[1]:
-            raise ValueError(f"pos must be (..., T, {self.freqs.shape[1]}), got {tuple(pos.shape)}")
-        return (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        if pos.dim() == 3:
+            return torch.stack([self.rotation(p) for p in pos])
+        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
+        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
+        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, init={self.init!r}"
 
 
-def rotate(z, cos, sin):
-    """Turn the pairs (z_i, z_{n+i}) of z (..., D) by angles whose cos and sin are (..., n)."""
-    n = cos.shape[-1]
-    a, b, rest = z.split([n, n, z.shape[-1] - 2 * n], dim=-1)
-    a, b = a * cos - b * sin, a * sin + b * cos
+def turn(x, table):
+    """Turn each pair (a, b) of x (B, H, T, D) by the angle whose cosine and sine are in the table."""
+    if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
+        table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
+    n = 2 * table.shape[-2]
+    pairs = x[..., :n].to(table.dtype).unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the lines above
+        pairs = torch.view_as_real(as_complex(pairs) * torch.view_as_complex(table))
+    pairs = pairs.flatten(-2).type_as(x)
     with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
-        return torch.cat([a.type_as(z), b.type_as(z), rest], dim=-1)
+        return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
+
+
+# What makes it fast and safe
+
+
+def as_complex(z):
+    """View z (..., 2) as complex numbers (...), without a copy unless they lie at odd places in memory."""
+    odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
+    return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
+
+
+def check(rope, x, pos):
+    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
+    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
+        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
+    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
-    for init in "heo", "uniform":
-        rope = MixedRoPE(head_dim=64, num_heads=6, init=init)
-        Rp, Rq = rope.rotation(p), rope.rotation(q)
-        print(rope)
-        print(f"  orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-        print(f"  equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+    rope = MixedRoPE(head_dim=64, num_heads=6)
+    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    print(rope)
+    print(f"orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")

@@ -1,7 +1,10 @@
 """Spherical RoPE: each triplet of channels turns on a sphere (van de Geijn et al. 2025, section 4 and appendix F).
 
-A token at position p = (x, y) cuts its query and key into triplets (a, b, c) and turns each as a vector in space, first
-by a roll that grows with y, then by a yaw that grows with x:
+    rope = SphericalRoPE(head_dim=63, num_heads=6)  # one for each attention layer
+    q, k = rope(q, k, pos)                          # q, k (B, H, T, D); pos (T, 2): x, y of each token, in [-pi, pi]
+
+A token at position p = (x, y) turns each triplet (a, b, c) of its query and key as a vector in space, first by a roll
+that grows with y, then by a yaw that grows with x:
 
     R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
@@ -9,21 +12,26 @@ by a roll that grows with y, then by a yaw that grows with x:
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
               [  0       0    1]                [0  sin t   cos t]
 
-Roll and yaw share the coordinate b, so their order matters. That is the point: RoPE in the plane without equivariance.
+Roll and yaw share the coordinate b, so their order matters. That is the point: RoPE without equivariance.
 
-    orthogonal         R(p)^T R(p) = I, and R(0) = I: norms survive, a class token at 0 is left alone
+    orthogonal         R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
     not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) knows more of y than y_q - y_p: scores
-                       survive a shift of all positions along x, and change with one along y (but for w = 0 or v = 0)
+                       survive a shift of all positions along x, but not one along y (unless w = 0 or v = 0)
     oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
 
-Frequencies w, v are in radians per unit of position, on a grid that spans [-pi, pi]:
+Which channels turn with what (head_dim = 7; what no triplet needs comes last and passes unrotated):
 
-    fixed      w_d = v_d = theta^(-2d / D), D = head_dim, theta = 100: one ladder shared by all heads
+    channel   0   1   2   3   4   5   6
+    yaw, x   | w_0 x |   | w_1 x |  free
+    roll, y      | v_0 y |   | v_1 y |
+
+Frequencies w, v are in radians per unit of position:
+
+    fixed      w_d = v_d = theta^(-2d / D), D = head_dim, the same for all heads
     learned    one for each head, axis and triplet, drawn from U[0, 1)
 
-Channel order: all a, all b, all c, then the one or two that no triplet needs, which pass unrotated: a head of 64 has 21
-triplets and a free channel. It costs eight multiplications a triplet; no 3 x 3 matrix is ever built.
-(arXiv 2511.08368. The caption of its figure 2 has the order the other way round; its equations have it as here.)
+Source: arXiv 2511.08368. (The caption of its figure 2 has the other order; its equations have this one.)
+This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import torch
@@ -31,76 +39,98 @@ from torch import nn
 
 
 class SphericalRoPE(nn.Module):
-    """Rotates queries and keys on spheres, by yaw and roll. At least 3 channels a head; positions are (x, y)."""
+    """Rotates queries and keys on spheres, by yaw and roll. head_dim must be at least 3; positions are (x, y)."""
+
+    pos_dim = 2
 
     def __init__(self, head_dim, num_heads, *, learned=False, theta=100.0):
         super().__init__()
-        n = head_dim // 3  # triplets
-        if n < 1:
+        self.triplets = head_dim // 3
+        if self.triplets < 1:
             raise ValueError(f"head_dim must be at least 3, got {head_dim}")
         self.head_dim, self.num_heads, self.learned, self.theta = head_dim, num_heads, learned, theta
         if learned:
-            self.freqs = nn.Parameter(torch.rand(num_heads, 2, n))
-        else:
-            self.register_buffer("freqs", self.ladder(), persistent=False)
+            self.freqs = nn.Parameter(torch.rand(num_heads, 2, self.triplets))
 
     def forward(self, q, k, pos):
-        """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shape and dtype."""
-        if q.shape != k.shape or q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
-            sizes = f"{tuple(q.shape)} and {tuple(k.shape)}"
-            raise ValueError(f"q and k must be (B, {self.num_heads}, T, {self.head_dim}), got {sizes}")
-        if pos.dim() not in (2, 3) or pos.shape[-2] != q.shape[2]:
-            raise ValueError(f"pos must be (T, 2) or (B, T, 2) with T = {q.shape[2]}, got {tuple(pos.shape)}")
-        angle = self.angle(pos, torch.promote_types(q.dtype, torch.float32))
-        cos, sin = torch.stack([angle.cos(), angle.sin()])  # a table: compiled, it is made once, not for each image
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
+
+        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        """
+        check(self, k, pos)
+        table = self.table(q, pos)
+        return turn(q, table), turn(k, table)
+
+    def rotate(self, x, pos):
+        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        return turn(x, self.table(x, pos))
+
+    def table(self, x, pos):
+        """Cosine and sine of yaw and roll, u = w x and t = v y: (1 or num_heads, T, 2, triplets, 2), or (B, ...)."""
+        check(self, x, pos)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        w = self.frequencies(dtype, pos.device)
+        angle = pos.to(dtype)[..., None, :, :, None] * w[:, None]
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    def frequencies(self, dtype=torch.float32, device=None):
+        """w and v (1 or num_heads, 2, triplets). The fixed ones are no state: nothing can round or lose them."""
+        if self.learned:
+            return self.freqs.to(dtype)
+        d = torch.arange(self.triplets, dtype=dtype, device=device)
+        return (self.theta ** (-2 * d / self.head_dim)).expand(1, 2, -1)
 
     def rotation(self, pos):
-        """pos (T, 2) or (B, T, 2) -> R (H or 1, T, D, D) or (B, H or 1, T, D, D); float64 where pos is."""
-        angle = self.angle(pos, torch.promote_types(pos.dtype, torch.float32)).unsqueeze(-3)
-        basis = torch.eye(self.head_dim, dtype=angle.dtype, device=angle.device)
-        return rotate(basis.expand(*angle.shape[:-3], -1, -1), angle.cos(), angle.sin()).mT  # column i is R e_i
-
-    def angle(self, pos, dtype):
-        """pos (..., T, 2) -> yaw and roll of every triplet, (..., H or 1, T, 2, n)."""
-        if pos.shape[-1] != 2:
-            raise ValueError(f"pos must be (..., T, 2), got {tuple(pos.shape)}")
-        return pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]
-
-    def ladder(self, device=None):
-        """The fixed frequencies (1, 2, n), n triplets."""
-        d = torch.arange(self.head_dim // 3, dtype=torch.float32, device=device)
-        return (self.theta ** (-2 * d / self.head_dim)).repeat(1, 2, 1)
-
-    def _apply(self, fn, recurse=True):
-        exact = self.freqs
-        super()._apply(fn, recurse)
-        if not self.learned:  # .bfloat16() must not round what is fixed, nor a stay on the meta device lose it
-            device = self.freqs.device
-            self.freqs = self.ladder(device) if exact.is_meta else exact.to(device)
-        return self
+        """R(p) itself, float64 if pos is: pos (T, 2) or (B, T, 2) -> (H, T, D, D) or (B, H, T, D, D)."""
+        if pos.dim() == 3:
+            return torch.stack([self.rotation(p) for p in pos])
+        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
+        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
+        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, learned={self.learned}"
 
 
-def rotate(z, cos, sin):
-    """Turn the triplets (z_i, z_{n+i}, z_{2n+i}) of z (..., D) by yaw and roll, whose cos and sin are (..., 2, n)."""
-    n = cos.shape[-1]
-    a, b, c, rest = z.split([n, n, n, z.shape[-1] - 3 * n], dim=-1)
-    (cos_u, cos_t), (sin_u, sin_t) = cos.unbind(-2), sin.unbind(-2)
-    b, c = b * cos_t - c * sin_t, b * sin_t + c * cos_t  # roll
-    a, b = a * cos_u - b * sin_u, a * sin_u + b * cos_u  # yaw
+def turn(x, table):
+    """Turn each triplet (a, b, c) of x (B, H, T, D) by the roll and then by the yaw that are in the table."""
+    if 1 < table.shape[-5] < x.shape[1]:  # grouped-query attention
+        table = table.repeat_interleave(x.shape[1] // table.shape[-5], dim=-5)
+    yaw, roll = table.unbind(-3)
+    n = 3 * table.shape[-2]
+    a, b, c = x[..., :n].to(table.dtype).unflatten(-1, (-1, 3)).unbind(-1)  # each (B, H, T, triplets)
+    b, c = turn_plane(b, c, roll)
+    a, b = turn_plane(a, b, yaw)
+    triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
     with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
-        return torch.cat([a.type_as(z), b.type_as(z), c.type_as(z), rest], dim=-1)
+        return torch.cat([triplets, x[..., n:]], dim=-1) if n < x.shape[-1] else triplets
+
+
+def turn_plane(a, b, table):
+    """Turn the vectors (a, b) by the angle whose cosine and sine are in the table (..., 2)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        cos, sin = table.unbind(-1)
+        return a * cos - b * sin, a * sin + b * cos
+    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster unless a compiler fuses the line above
+    return z.real, z.imag
+
+
+# What makes it safe
+
+
+def check(rope, x, pos):
+    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
+    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
+        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
+    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
-    for learned in False, True:
-        rope = SphericalRoPE(head_dim=64, num_heads=6, learned=learned)
-        Rp, Rq = rope.rotation(p), rope.rotation(q)
-        print(rope)
-        print(f"  orthogonal:       |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-        print(f"  not equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.2f}")
+    rope = SphericalRoPE(head_dim=64, num_heads=6)
+    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    print(rope)
+    print(f"orthogonal:       |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
+    print(f"not equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")

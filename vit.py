@@ -74,8 +74,8 @@ class ViT(nn.Module):
             raise ValueError(f"pe must be one of {', '.join(ENCODINGS)}, got {pe!r}")
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
-        if img_size % patch_size:
-            raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
+        if not isinstance(img_size, int) or img_size % patch_size:  # forward takes images that are not square
+            raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, one number, got {img_size}")
         dim, self.grid = num_heads * head_dim, img_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
@@ -118,9 +118,9 @@ class ViT(nn.Module):
         """How far apart neighbouring patches of a training image are, in units of position."""
         return 2 * math.pi / max(self.grid - 1, 1)
 
-    def positions(self, height, width):
+    def positions(self, height, width, device=None):
         """Positions (x, y) of all tokens of an image of height x width patches, class token first: (T, 2)."""
-        device = self.head.weight.device
+        device = self.patch_embed.proj.weight.device if device is None else device
         x, y = (grid_axis(n, self.grid, device) for n in (width, height))
         pos = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
         return torch.cat([pos.new_zeros(self.num_prefix_tokens, 2), pos])
@@ -140,10 +140,10 @@ class ViT(nn.Module):
         x = self.patch_embed(images)
         height, width = x.shape[-2:]
         if pos is None:
-            pos = self.positions(height, width)
+            pos = self.positions(height, width, x.device)
         x = x.flatten(2).mT  # (B, height * width, dim)
         if self.num_prefix_tokens:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.interpolated_pos_embed(height, width)
         x = self.pos_drop(x)
@@ -154,7 +154,7 @@ class ViT(nn.Module):
 
     def interpolated_pos_embed(self, height, width):
         """The learned position embedding (1, T, dim), resampled to another grid as timm does it."""
-        if (height, width) == (self.grid, self.grid):
+        if not torch.compiler.is_exporting() and (height, width) == (self.grid, self.grid):
             return self.pos_embed
         prefix, grid = self.pos_embed[:, : self.num_prefix_tokens], self.pos_embed[:, self.num_prefix_tokens :]
         grid = grid.mT.unflatten(-1, (self.grid, self.grid))
@@ -164,7 +164,9 @@ class ViT(nn.Module):
 
 def grid_axis(n, n0, device=None):
     """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; a single one is 0."""
-    return (2 * torch.arange(n, device=device) - (n - 1)) * (math.pi * n / (n0 * max(n - 1, 1)))
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 would round positions
+    steps = 2 * torch.arange(n, dtype=dtype, device=device) - (n - 1)
+    return steps * (math.pi * n / (n0 * (n - 1 or 1)))
 
 
 class PatchEmbed(nn.Module):
@@ -245,7 +247,7 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
 def init_weights(module):

@@ -180,13 +180,12 @@ def encode_by_matrix_exp(layer):
     """The same with an exponential for each token, as it is written in the papers."""
     rope, pos = layer.rope, layer.pos
     if isinstance(rope, LieRE):
-        U = rope.generators.triu(1)
-        A, rotate = torch.einsum("tm,hmkij->htkij", pos, U - U.mT), liere.rotate
+        A, turn = torch.einsum("tm,hmkij->htkij", pos, rope.matrices(pos.dtype)), liere.turn
     else:
         P = rope.blocks
-        A, rotate = torch.einsum("tm,mk,hkij->htkij", pos, rope.factors(pos.dtype), P - P.mT), comrope.rotate
+        A, turn = torch.einsum("tm,mk,hkij->htkij", pos, rope.factors(pos.dtype), P - P.mT), comrope.turn
     R = torch.matrix_exp(A.contiguous())
-    return rotate(layer.q, R), rotate(layer.k, R)
+    return turn(layer.q, R), turn(layer.k, R)
 
 
 def recipe(args):

@@ -166,7 +166,9 @@ def frequencies(rope):
         w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w
         return torch.einsum("mk,hkl->hmkl", rope.factors(w.dtype), w).flatten(2)
     if isinstance(rope, AxialRoPE):  # half of the pairs know x, the others y
-        return torch.stack([torch.block_diag(*w) for w in rope.freqs[:, :, None].unbind()])
+        return torch.stack([torch.block_diag(*w) for w in rope.frequencies()[:, :, None].unbind()])
+    if isinstance(rope, SphericalRoPE):
+        return rope.frequencies().clone()
     return rope.freqs.clone() if hasattr(rope, "freqs") else None
 
 

@@ -65,24 +65,6 @@ def small_vit(pe, **options):
     return vit
 
 
-# The order of channels and the layout of LieRE's parameters, which tests know only through these functions
-
-
-def group(j, n, size):
-    """The channels of group j of n pairs or triplets. (The blocks of LieRE and ComRoPE are neighbours.)"""
-    return [j + i * n for i in range(size)]
-
-
-def get_generators(liere):
-    """A_1, ..., A_M of each head, in blocks: skew-symmetric, (H, M, K, b, b)."""
-    U = liere.generators.detach().triu(1)
-    return U - U.mT
-
-
-def set_generators(liere, A):
-    liere.generators.data.copy_(A.triu(1))
-
-
 # Tiny runs of train.py
 
 SMALL = {"dataset": "bearing", "device": "cpu", "depth": 2, "heads": 2, "head-dim": 12, "batch-size": 16, "epochs": 3}

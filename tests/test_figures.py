@@ -85,7 +85,7 @@ def test_frequencies_are_how_fast_groups_turn(pe):
     for p in torch.tensor(places[: 3 if pe in EQUIVARIANT else 2]).double():
         turned = torch.linalg.eigvals(rope.rotation(p[None])[:, 0].detach()).angle().abs()  # by w and by -w
         turned = turned.sort(descending=True).values[:, : 2 * w.shape[-1] : 2]
-        close(turned, torch.einsum("m,hmg->hg", p, w).abs().sort(descending=True).values)
+        close(turned, torch.einsum("m,hmg->hg", p, w).abs().sort(descending=True).values.expand_as(turned))
     assert frequencies(ENCODINGS["liere"](24, 2)) is None
 
 

@@ -21,7 +21,7 @@ RESULTS = [*experiments.RESULTS.glob("*.csv"), *experiments.RESULTS.glob("*.json
 def test_the_example_turns_q_and_k():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(example, names := {})
-    assert names["out"].shape == (8, 12, 197, 64) and names["R"].shape == (1, 197, 64, 64)
+    assert names["out"].shape == (8, 12, 197, 64) and names["R"].shape == (12, 197, 64, 64)
     assert torch.equal(names["R"][0, 0], torch.eye(64))
 
 

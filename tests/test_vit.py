@@ -27,7 +27,8 @@ def test_takes_any_image_whose_sides_are_multiples_of_the_patch(pe, pool):
     [
         ({"pe": "rope"}, ValueError, "one of none, ape, axial, .*got 'rope'"),
         ({"pool": "max"}, ValueError, "'cls' or 'mean'"),
-        ({"patch_size": 5}, ValueError, "img_size must be a multiple of patch_size = 5, got 32"),
+        ({"patch_size": 5}, ValueError, "img_size must be a multiple of patch_size = 5, one number, got 32"),
+        ({"img_size": (32, 64)}, ValueError, r"one number, got \(32, 64\)"),
         ({"head_dim": 2}, ValueError, "head_dim must be at least 3"),
         *(({"pe": pe, "drop_paht": 0.1}, TypeError, "drop_paht") for pe in ("none", "ape", "axial")),
     ],
@@ -196,3 +197,76 @@ def test_compiled_under_autocast_exponentials_keep_their_precise_gradients():
     vit.compile(backend="aot_eager")
     for got, grad in zip(gradients(), want, strict=True):
         assert (got - grad).norm() < torch.finfo(torch.bfloat16).eps / 32 * grad.norm()
+
+
+# A ViT is a module like any other
+
+
+every_vit = pytest.mark.parametrize("pe", ENCODINGS)
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@every_vit
+def test_its_head_can_be_replaced_and_its_weights_quantized(pe):
+    vit = small_vit(pe)
+    quantized = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear})
+    assert quantized(IMAGES).shape == (2, 10)
+    for head, width in (nn.Identity(), 48), (nn.Sequential(nn.Linear(48, 3)), 3):
+        vit.head = head
+        assert vit(IMAGES).shape == (2, width)
+
+
+@every_vit
+def test_its_weights_can_be_elsewhere_until_they_are_needed(pe):
+    """As hooks do that offload weights: each module's own are on the meta device but during its forward pass."""
+    vit = small_vit(pe)
+    want = vit(IMAGES)
+
+    def fetch(module, *_):
+        module._parameters.update(kept[module])
+
+    def release(module, *_):
+        module._parameters.update({name: nn.Parameter(p.to("meta")) for name, p in kept[module].items()})
+
+    kept = {m: dict(m._parameters) for m in vit.modules() if m is not vit and any(True for _ in m.parameters(False))}
+    for module in kept:
+        release(module)
+        module.register_forward_pre_hook(fetch)
+        module.register_forward_hook(release)
+    assert torch.equal(vit(IMAGES), want)
+
+
+@every_vit
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every check of a shape
+def test_export_and_traces_serve_other_batches_and_sizes(pe, float64):
+    vit, images = small_vit(pe), torch.randn(5, 3, 24, 64)
+    traced = torch.jit.trace(vit, IMAGES.double(), check_trace=False)
+    square = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(traced(square), vit(square), rtol=0, atol=1e-10)
+    batch, height, width = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("height", max=32),
+        torch.export.Dim("width", max=32),
+    )
+    example = (torch.randn(2, 3, 40, 48),)
+    exported = torch.export.export(vit, example, dynamic_shapes=({0: batch, 2: 4 * height, 3: 4 * width},)).module()
+    torch.testing.assert_close(exported(images), vit(images), rtol=0, atol=1e-10)
+    torch.testing.assert_close(exported(square), vit(square), rtol=0, atol=1e-10)
+
+
+@every_vit
+def test_it_can_be_built_on_meta_and_run_without_images(pe):
+    vit = small_vit(pe)
+    with torch.device("meta"):
+        built = ViT(pe, num_classes=10, depth=2, num_heads=2, head_dim=24).eval()
+    assert built(IMAGES.to("meta")).shape == (2, 10)
+    built.load_state_dict(vit.state_dict(), assign=True)
+    assert torch.equal(built(IMAGES), vit(IMAGES))
+    assert vit(torch.randn(0, 3, 32, 32)).shape == (0, 10)
+
+
+def test_positions_are_float32_at_least(default_dtype):
+    default_dtype(torch.bfloat16)
+    assert ViT("axial", depth=1).positions(8, 8).dtype == torch.float32
+    default_dtype(torch.float64)
+    assert ViT("axial", depth=1).positions(8, 8).dtype == torch.float64
