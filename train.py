@@ -176,12 +176,13 @@ def main(argv=None):
 
     # The loop. What is random in a step depends on the seed and the step's number alone.
     images_in_all, seen = (steps * args.batch_size for steps in (args.epochs * steps_per_epoch, state["step"]))
-    saved, shown, waited = time.perf_counter(), time.perf_counter(), 0.0
+    saved = time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
     with tqdm(**progress) as bar, Stop() as stop:
         batches = stop.watch(train_batches(args, data, state["step"]))
         try:
             for epoch in range(len(state["log"]), args.epochs):
+                shown, waited = time.perf_counter(), 0.0
                 for step in range(state["step"], (epoch + 1) * steps_per_epoch):
                     start = time.perf_counter()
                     batch = next(batches, None)  # None if there is a reason to stop
@@ -212,8 +213,7 @@ def main(argv=None):
                         group["lr"] = learning_rate(args, step, steps_per_epoch)
                     optimizer.step()
                     optimizer.zero_grad()
-                    loss, correct = total(totals) / WORLD_SIZE
-                    state["totals"] += torch.stack([torch.ones_like(norm), loss, correct, norm])
+                    state["totals"] += torch.stack([torch.ones_like(norm), *total(totals) / WORLD_SIZE, norm])
                     state["step"] = step + 1
 
                     # The progress bar and the checkpoint

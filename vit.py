@@ -75,7 +75,7 @@ class ViT(nn.Module):
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
         if not isinstance(img_size, int) or img_size % patch_size:  # forward takes images that are not square
-            raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, one number, got {img_size}")
+            raise ValueError(f"img_size must be one number, a multiple of patch_size = {patch_size}, got {img_size}")
         dim, self.grid = num_heads * head_dim, img_size // patch_size
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None

@@ -118,6 +118,8 @@ def parse_args(argv):
         parser.error(f"there is no part {', '.join(unknown)}: take {', '.join(PARTS)}")
     if args.img_size % args.patch_size:
         parser.error(f"--img-size must be a multiple of --patch-size = {args.patch_size}, not {args.img_size}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json must be a file, not the folder {args.json}")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"there is no folder {args.json.parent}: make it, or choose another --json")
     args.parts = args.parts or list(PARTS)[:6]

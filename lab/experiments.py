@@ -298,8 +298,9 @@ def report(path=ROOT / "README.md"):
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
-        if not found:
-            raise UserError(f"{path} has {start.strip()} without {end} behind it: put it where the table ends")
+        if not found or name not in TABLES:
+            names = ", ".join(TABLES)
+            raise UserError(f"{path} has {start.strip()} without {end} behind it, or its name is not one of {names}")
         text = before + start + table(name) + end + after
     with replacing(path) as tmp:
         tmp.write_text(text)

@@ -111,7 +111,7 @@ def channel_groups(rope):
     """
     R = rope.rotation(torch.randn(16, 2, dtype=torch.float64))  # (H or 1, T, D, D)
     linked = R.abs().amax(dim=(0, 1)) > 1e-9
-    for _ in range(rope.head_dim.bit_length()):  # paths of twice the length
+    for _ in range(len(linked).bit_length()):  # paths of twice the length
         linked = (linked.double() @ linked.double()) > 0
     groups = {tuple(row.nonzero().flatten().tolist()) for row in linked}
     return [list(group) for group in sorted(groups) if len(group) > 1]
@@ -123,11 +123,11 @@ def patterns(rope, pos):
 
     Relative to the query's squared norm in these channels: the cosine of the angle by which R turns it.
     """
-    q = torch.randn(1, 1, 1, rope.head_dim, dtype=pos.dtype)
-    k = q.expand(1, rope.num_heads, len(pos), -1)
-    products = (q * rope(k, k, pos)[1])[0, 0].T  # (D, T), of the first head
-    groups = [*channel_groups(rope), list(range(rope.head_dim))]
-    return torch.stack([products[g].sum(dim=0) / q[..., g].square().sum() for g in groups])
+    R = rope.rotation(pos)[0]  # (T, D, D), of the first head
+    q = torch.randn(R.shape[-1], dtype=R.dtype)
+    products = q[:, None] * (R @ q).T  # (D, T)
+    groups = [*channel_groups(rope), list(range(len(q)))]
+    return torch.stack([products[g].sum(dim=0) / q[g].square().sum() for g in groups])
 
 
 @torch.no_grad()

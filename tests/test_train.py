@@ -257,7 +257,7 @@ def test_a_damaged_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--workers 2", "--workers is for --dataset imagenet"),
         ("--skip-damaged", "--skip-damaged is for --dataset imagenet"),
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
-        ("--patch-size 5", "img_size must be a multiple of patch_size = 5, got 32"),
+        ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
         ("--micro-batch 5", "--micro-batch must divide the 16 images of a process: try 4"),
         ("--jitter 1 --pe ape", "leave --jitter out"),
         ("--pe axial --pe-options block_size=4", "axial has no option 'block_size': it has learned, uniform, theta"),

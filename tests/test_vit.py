@@ -27,8 +27,8 @@ def test_takes_any_image_whose_sides_are_multiples_of_the_patch(pe, pool):
     [
         ({"pe": "rope"}, ValueError, "one of none, ape, axial, .*got 'rope'"),
         ({"pool": "max"}, ValueError, "'cls' or 'mean'"),
-        ({"patch_size": 5}, ValueError, "img_size must be a multiple of patch_size = 5, one number, got 32"),
-        ({"img_size": (32, 64)}, ValueError, r"one number, got \(32, 64\)"),
+        ({"patch_size": 5}, ValueError, "img_size must be one number, a multiple of patch_size = 5, got 32"),
+        ({"img_size": (32, 64)}, ValueError, r"one number, .* got \(32, 64\)"),
         ({"head_dim": 2}, ValueError, "head_dim must be at least 3"),
         *(({"pe": pe, "drop_paht": 0.1}, TypeError, "drop_paht") for pe in ("none", "ape", "axial")),
     ],
