@@ -46,7 +46,7 @@ class LieRE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is num_heads or a multiple of it, for q perhaps another than for k: consecutive heads share a rotation.
+        H is num_heads or a multiple of it, and may be larger for q than for k: consecutive heads share a rotation.
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)

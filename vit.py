@@ -25,7 +25,10 @@ from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 
-# Called with head_dim and num_heads, once for each layer. "none" and "ape" leave q and k alone.
+# A new encoding is a file and a line here. Its class is called with head_dim and num_heads, once for each layer, and
+# has forward(q, k, pos), rotate(x, pos) and rotation(pos), as the others have. Options are keyword-only; one named grid
+# is given the patches per side. The file's docstring says whether it is equivariant, and the tests hold it to that.
+# "none" and "ape", a learned absolute embedding, leave q and k alone.
 ENCODINGS = {
     "none": None,
     "ape": None,

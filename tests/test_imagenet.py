@@ -43,11 +43,10 @@ def root(tmp_path):
     for i, file in enumerate(FILES):
         rgb = np.random.default_rng(i).integers(0, 256, (36, 48, 3), dtype=np.uint8)
         rgb[..., 0] = 8 * i
-        folder = (tmp_path / file).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rgb).save(tmp_path / file)
-        (folder / "notes.txt").write_text("no image")
-        (folder.parent / "notes.txt").write_text("no class")
+    for folder in *tmp_path.glob("*"), *tmp_path.glob("*/*"):
+        (folder / "notes.txt").write_text("no class and no image")
         (folder / "._a.jpg").write_text("what a Mac leaves behind")
     return tmp_path
 
