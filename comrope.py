@@ -129,11 +129,12 @@ def skew_exp(A):
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
     good = (norm <= 3200)[..., None, None]
     A, A2 = A.where(good, 0), A2.where(good, 0)
+    A3 = A2 @ A
     largest = 3200 if is_tracing(A) else F.pad(norm.where(norm <= 3200, 0).flatten(), (0, 1)).max().item()
     s = max(0, math.frexp(largest / (0.008 if A.dtype == torch.float64 else 0.28))[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    X = c[1] * A + c[2] * A2 + A @ A2 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A @ A2)
+    X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
     return (X + eye).where(good, math.nan)
