@@ -38,9 +38,7 @@ def one_line_errors(main):
         except OSError as e:
             return failed(e)
         except torch.OutOfMemoryError:
-            return failed(
-                "the GPU's memory is full: try a smaller --batch-size, --micro-batch or model, or --device cpu"
-            )
+            return failed("the GPU's memory is full: try a smaller --batch-size, --micro-batch or model")
         except RuntimeError as e:
             if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and has said why
                 return 1
@@ -102,12 +100,13 @@ def parse_options(words, pe, make):
         if name not in known:
             raise UserError(f"--pe {pe} has no option {name!r}: it has {', '.join(known) or 'none'}")
         try:
-            options[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (SyntaxError, ValueError):  # a word, such as init=uniform
-            options[name] = text
-        kinds = {bool: (bool,), float: (int, float), int: (int,), str: (str,)}.get(type(known[name]), (object,))
-        if type(options[name]) not in kinds and object not in kinds:
-            raise UserError(f"--pe-options {name} must be like {known[name]}, not {text!r}")
+            value = text
+        like = known[name]
+        if like is not None and type(value) is not type(like) and (type(like), type(value)) != (float, int):
+            raise UserError(f"--pe-options {name} must be like {like}, not {text!r}")
+        options[name] = value
     return options
 
 
