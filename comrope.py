@@ -7,16 +7,16 @@ A token at position p turns each block of b channels of its query and key by a p
 
     R(p) = diag(exp(c_1 B_1), ..., exp(c_K B_K))      B_j = P_j - P_j^T, P_j learned for each head
 
-which is torch.matrix_exp(c * B) in one line, and slowly. There are two kinds:
+torch.matrix_exp(c * B) computes the same, slowly. There are two kinds:
 
     ld    linearly dependent: c_j = theta_1j p_1 + ... + theta_Mj p_M, theta learned and shared by the heads
     ap    axial partition: the blocks belong to the M axes in turn; theta_mj is 1 for block j's axis m, and else 0
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
     equivariant    R(p)^T R(q) = R(q - p): all that meets in a block commutes
     oblique        with ld, as Mixed RoPE; with ap a block knows one axis only
 
-Which channels turn with what (head_dim = 9, block_size = 4; what no block needs comes last and passes unrotated):
+What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6   7   8
              | exp(c_1 B_1)  | exp(c_2 B_2)  |free       ap: c_1 = x, c_2 = y
@@ -54,7 +54,7 @@ class ComRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is num_heads or a multiple of it, and may be larger for q than for k: consecutive heads share a rotation.
+        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
@@ -121,9 +121,9 @@ def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    loses nothing of a small X, so that one s serves all norms. The spectral norm of A is at most the square root of
-    |A^2| / sqrt(2), in Frobenius' norm, as eigenvalues come in pairs. Where it is above 3200, or not a number, there is
-    no exact rotation in float32: the result is NaN there, and as it would be without it elsewhere.
+    keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most sqrt(|A^2|_F /
+    sqrt(2)), as eigenvalues come in pairs. Where that is above 3200, and float32 no longer accurate, or NaN, the result
+    is NaN; other matrices are not affected.
     """
     A2 = A @ A
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
@@ -141,7 +141,7 @@ def skew_exp(A):
 
 
 def is_tracing(*tensors):
-    """Whether no step may depend on values: compiled or traced, or they cannot be read (under vmap, on meta)."""
+    """Whether code must not branch on values: compiled, traced, or where they cannot be read (vmap, meta device)."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     try:
@@ -152,17 +152,18 @@ def is_tracing(*tensors):
 
 
 def no_autocast(x):
-    """Angles and exponentials are float32 whatever autocast says."""
+    """A context without autocast: rotations need float32 or better."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def check(rope, x, pos):
-    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
-    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
-    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
+        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
+    B, _, T, _ = x.shape
+    if tuple(pos.shape) not in ((T, M), (B, T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ A token at position p = (x, y) turns the pairs of channels of its query and key,
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-A score q_i^T R(p_i)^T R(p_j) k_j turns one token back and the other forth. What is left is the difference, so R is
+A score q_i^T R(p_i)^T R(p_j) k_j turns by p_j, and back by p_i: what is left is p_j - p_i. So R is
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
     not oblique    a pair knows one axis only, and so a score is f(x_i, x_j) + g(y_i, y_j)
 
-Which channels turn with what (head_dim = 10; what no pair needs comes last and passes unrotated):
+What turns which channels (head_dim = 10; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6   7   8   9
              | w_0 x | w_1 x | w_0 y | w_1 y |  free |
@@ -22,9 +22,9 @@ Frequencies w are in radians per unit of position:
 
     fixed      w_d = theta^(-2d / D), D = head_dim, the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
-    learned    one for each head, axis and pair, drawn from U[0, 1)
+    learned    one for each head, axis and pair, initialized from U[0, 1)
 
-All of it holds for M axes as for two. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
+All of this holds for M axes. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -33,7 +33,7 @@ from torch import nn
 
 
 class AxialRoPE(nn.Module):
-    """Rotates queries and keys, one axis for each pair of channels. head_dim must be at least 2 * pos_dim."""
+    """Rotates queries and keys, each pair of channels by one axis. head_dim must be at least 2 * pos_dim."""
 
     def __init__(self, head_dim, num_heads, *, learned=False, uniform=False, theta=100.0, pos_dim=2):
         super().__init__()
@@ -50,7 +50,7 @@ class AxialRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is num_heads or a multiple of it, and may be larger for q than for k: consecutive heads share a rotation.
+        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -69,7 +69,7 @@ class AxialRoPE(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w (1 or num_heads, M, pairs). The fixed ones are no state: nothing can round or lose them."""
+        """w (1 or num_heads, M, pairs). The fixed ones are not stored: no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.pairs, dtype=dtype, device=device)
@@ -96,10 +96,10 @@ def turn(x, table):
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the lines above
+    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the other branch
         pairs = torch.view_as_real(as_complex(pairs) * torch.view_as_complex(table))
     pairs = pairs.flatten(-2).type_as(x)
-    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
         return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
 
 
@@ -107,18 +107,19 @@ def turn(x, table):
 
 
 def as_complex(z):
-    """View z (..., 2) as complex numbers (...), without a copy unless they lie at odd places in memory."""
+    """View z (..., 2) as complex numbers (...), without a copy unless strides or offset are odd."""
     odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 
 
 def check(rope, x, pos):
-    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
-    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
-    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
+        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
+    B, _, T, _ = x.shape
+    if tuple(pos.shape) not in ((T, M), (B, T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ A token at position p = (x, y) turns every pair of channels of its query and key
 
     R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
     oblique        a pair can respond to a direction that is not along an axis
 
-Which channels turn with what (head_dim = 7; what no pair needs comes last and passes unrotated):
+What turns which channels (head_dim = 7; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6
              |w_0 . p|w_1 . p|w_2 . p|free
@@ -24,7 +24,7 @@ each head, axis and pair, in radians per unit of position. They begin as
                theta^(-4d / D) radians per patch: positions span [-pi, pi], so grid, the patches per side, converts it
     uniform    U[0, 1), as in van de Geijn et al.
 
-All of it holds for M axes as for two. Source: arXiv 2403.13298.
+All of this holds for any number M of axes. Source: arXiv 2403.13298.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -60,7 +60,7 @@ class MixedRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is num_heads or a multiple of it, and may be larger for q than for k: consecutive heads share a rotation.
+        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -98,10 +98,10 @@ def turn(x, table):
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the lines above
+    else:  # the same as a product of complex numbers: faster, unless a compiler fuses the other branch
         pairs = torch.view_as_real(as_complex(pairs) * torch.view_as_complex(table))
     pairs = pairs.flatten(-2).type_as(x)
-    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
         return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
 
 
@@ -109,18 +109,19 @@ def turn(x, table):
 
 
 def as_complex(z):
-    """View z (..., 2) as complex numbers (...), without a copy unless they lie at odd places in memory."""
+    """View z (..., 2) as complex numbers (...), without a copy unless strides or offset are odd."""
     odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 
 
 def check(rope, x, pos):
-    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
-    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
-    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
+        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
+    B, _, T, _ = x.shape
+    if tuple(pos.shape) not in ((T, M), (B, T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":

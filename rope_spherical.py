@@ -12,14 +12,14 @@ that grows with y, then by a yaw that grows with x:
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
               [  0       0    1]                [0  sin t   cos t]
 
-Roll and yaw share the coordinate b, so their order matters. That is the point: RoPE without equivariance.
+Roll and yaw share the coordinate b, so their order matters. This gives up equivariance on purpose.
 
-    orthogonal         R(p)^T R(p) = I and R(0) = I: norms survive, and a class token at 0 is left alone
-    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) knows more of y than y_q - y_p: scores
-                       survive a shift of all positions along x, but not one along y (unless w = 0 or v = 0)
+    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
+    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) depends on more of y than y_q - y_p:
+                       scores survive a shift of all positions along x, but not along y (unless w = 0 or v = 0)
     oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
 
-Which channels turn with what (head_dim = 7; what no triplet needs comes last and passes unrotated):
+What turns which channels (head_dim = 7; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6
     yaw, x   | w_0 x |   | w_1 x |  free
@@ -28,7 +28,7 @@ Which channels turn with what (head_dim = 7; what no triplet needs comes last an
 Frequencies w, v are in radians per unit of position:
 
     fixed      w_d = v_d = theta^(-2d / D), D = head_dim, the same for all heads
-    learned    one for each head, axis and triplet, drawn from U[0, 1)
+    learned    one for each head, axis and triplet, initialized from U[0, 1)
 
 Source: arXiv 2511.08368. (The caption of its figure 2 has the other order; its equations have this one.)
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
@@ -55,7 +55,7 @@ class SphericalRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
-        H is num_heads or a multiple of it, and may be larger for q than for k: consecutive heads share a rotation.
+        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -74,7 +74,7 @@ class SphericalRoPE(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w and v (1 or num_heads, 2, triplets). The fixed ones are no state: nothing can round or lose them."""
+        """w and v (1 or num_heads, 2, triplets). The fixed ones are not stored: no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.triplets, dtype=dtype, device=device)
@@ -93,7 +93,7 @@ class SphericalRoPE(nn.Module):
 
 
 def turn(x, table):
-    """Turn each triplet (a, b, c) of x (B, H, T, D) by the roll and then by the yaw that are in the table."""
+    """Turn each triplet (a, b, c) of x (B, H, T, D) by the table's roll, then by its yaw."""
     if 1 < table.shape[-5] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-5], dim=-5)
     yaw, roll = table.unbind(-3)
@@ -102,7 +102,7 @@ def turn(x, table):
     b, c = turn_plane(b, c, roll)
     a, b = turn_plane(a, b, yaw)
     triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
-    with torch.autocast("cpu", enabled=False):  # there it would refuse to concatenate float16
+    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
         return torch.cat([triplets, x[..., n:]], dim=-1) if n < x.shape[-1] else triplets
 
 
@@ -111,7 +111,7 @@ def turn_plane(a, b, table):
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         cos, sin = table.unbind(-1)
         return a * cos - b * sin, a * sin + b * cos
-    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster unless a compiler fuses the line above
+    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster unless a compiler fuses the other branch
     return z.real, z.imag
 
 
@@ -119,12 +119,13 @@ def turn_plane(a, b, table):
 
 
 def check(rope, x, pos):
-    """Raise a ValueError that says what would be right, unless x and pos have the right shapes."""
-    H, D, T, M = rope.num_heads, rope.head_dim, x.shape[-2], rope.pos_dim
+    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, {H} or a multiple, T, {D}), got {tuple(x.shape)}")
-    if tuple(pos.shape) not in ((T, M), (x.shape[0], T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(x.shape[0], T, M)}, got {tuple(pos.shape)}")
+        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
+    B, _, T, _ = x.shape
+    if tuple(pos.shape) not in ((T, M), (B, T, M)):
+        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main(argv=None):
             save_checkpoint(args.out, config, model, optimizer, state | {"vit": vit_options, "data": data_options})
 
     # The loop. What is random in a step depends on the seed and the step's number alone.
-    images_in_all, seen = (steps * args.batch_size for steps in (args.epochs * steps_per_epoch, state["step"]))
+    images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
     saved = time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
     with tqdm(**progress) as bar, Stop() as stop:
@@ -185,7 +185,7 @@ def main(argv=None):
                 shown, waited = time.perf_counter(), 0.0
                 for step in range(state["step"], (epoch + 1) * steps_per_epoch):
                     start = time.perf_counter()
-                    batch = next(batches, None)  # None if there is a reason to stop
+                    batch = next(batches, None)  # None: the next line raises
                     stop.raise_if_stopped()
                     images, targets = batch
                     waited += time.perf_counter() - start
@@ -221,8 +221,7 @@ def main(argv=None):
                     if RANK == 0 and (since := time.perf_counter() - shown) > SHOW_SECONDS:
                         loss, correct = epoch_means(args, state)
                         waiting = "" if args.workers is None else f", waiting for images {waited / since:.0%}"
-                        bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-                        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
+                        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
                         shown, waited = time.perf_counter(), 0.0
                     state["seconds"] += time.perf_counter() - start
                     if time.perf_counter() - saved > CHECKPOINT_SECONDS:
@@ -253,11 +252,13 @@ def main(argv=None):
                 )
                 if epoch + 1 == args.epochs:
                     save()
-        except (Stopped, UserError) as e:  # Ctrl-C, or an image that cannot be read
+        except Stopped as e:  # all ranks, between two steps
             save()
             cleanup()
-            if isinstance(e, UserError):
-                raise UserError(f"{e}; then continue with --resume") from e
+            if isinstance(e.__cause__, UserError):  # an image that cannot be read
+                raise UserError(f"{e.__cause__}; then continue with --resume") from e
+            if e.__cause__:
+                raise
             if RANK == 0:
                 print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
             return 130
@@ -266,8 +267,7 @@ def main(argv=None):
             raise UserError(f"{e}: fix that{then}") from e
 
     # The result
-    result = {name: getattr(args, name) for name in ("pe", "dataset", "seed", "epochs")}
-    result |= {
+    result = {name: getattr(args, name) for name in ("pe", "dataset", "seed", "epochs")} | {
         "test_accuracy": state["log"][-1]["test_accuracy"],
         "train_seconds": round(state["seconds"], 2),
         "images_per_second": round(images_in_all / state["seconds"], 1),

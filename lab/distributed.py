@@ -117,6 +117,6 @@ class Stop:
             self.error = e
 
     def raise_if_stopped(self):
-        """If any rank has a reason to stop, raise it there, and Stopped on all others."""
+        """If any rank has a reason to stop, raise Stopped on all, with its own error as the cause."""
         if any_rank(self.interrupted or self.error):
-            raise self.error or Stopped
+            raise Stopped from self.error
