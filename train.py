@@ -255,10 +255,10 @@ def main(argv=None):
         except Stopped as e:  # all ranks, between two steps
             save()
             cleanup()
-            if isinstance(e.__cause__, UserError):  # an image that cannot be read
+            if isinstance(e.__cause__, UserError | OSError):  # an image that cannot be read
                 raise UserError(f"{e.__cause__}; then continue with --resume") from e
             if e.__cause__:
-                raise
+                raise e.__cause__ from None
             if RANK == 0:
                 print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
             return 130

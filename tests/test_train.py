@@ -186,16 +186,15 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(capsys):
 
 def test_sigkill_in_the_midst_of_saving_keeps_the_checkpoint_before():
     code = """if True:
-        import itertools, os, signal, sys, torch, train
+        import itertools, os, pathlib, signal, sys, train
         from lab.data import Bearing
         Bearing.train_size, Bearing.test_size, train.CHECKPOINT_SECONDS = 64, 50, 0
-        def save(content, f, function=torch.save, calls=itertools.count(1)):
+        def write(path, content, function=pathlib.Path.write_bytes, calls=itertools.count(1)):
             if next(calls) == 7:
-                f.write(b"half a checkpoint")
-                f.flush()
+                function(path, content[: len(content) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            function(content, f)
-        torch.save = save
+            function(path, content)
+        pathlib.Path.write_bytes = write
         sys.exit(train.main())"""
 
     def kill(*flags):
@@ -235,6 +234,20 @@ def test_a_damaged_image_stops_the_run_with_its_path_or_is_skipped(capsys):
     assert evaluate.main(["a", "--data-dir=in", "--shuffle"]) == 0  # as the run left out
     line = complaint(capsys, evaluate.main, "a", "--data-dir=elsewhere")
     assert "elsewhere" in line and "corrupt" not in line
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), RuntimeError("a bug")])
+def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
+    def fail(*_):
+        raise error
+
+    with before(Bearing, "train_batch", fail, call=3):
+        if isinstance(error, OSError):
+            assert "too many open files; then continue with --resume" in bad(capsys, "--out=a")
+        else:
+            with pytest.raises(RuntimeError, match="a bug"):
+                run("--out=a")
+    assert weights("a")["step"] == 2
 
 
 @pytest.mark.parametrize(
