@@ -63,6 +63,7 @@ IMAGENET = {  # flags for --dataset imagenet alone
     "workers": (number(int, 0), 8, "processes that decode images, for each GPU"),
     "skip_damaged": (bool, False, "leave out files that cannot be read"),
 }
+VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_scale", "dropout", "drop_path"
 FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged", "micro_batch"
 CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
 SHOW_SECONDS = 0.5  # between two updates of the progress bar: to read the loss is to wait for the GPU
@@ -83,6 +84,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=COUNT, help="images that a process takes at once (its whole part of the batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear maps (%(default)s)")
     add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on positions in training, in patches (%(default)s)")
+    add("--pos-scale", type=POSITIVE, default=1.0, help="multiplies all positions (%(default)s)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
     for name, (kind, *defaults, what) in RECIPES.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
@@ -142,7 +144,7 @@ def main(argv=None):
         "num_classes": data.num_classes,
         "num_heads": args.heads,
         "layer_scale": args.layer_scale or None,
-        **{name: getattr(args, name) for name in ("patch_size", "depth", "head_dim", "pool", "dropout", "drop_path")},
+        **{name: getattr(args, name) for name in VIT_FLAGS},
         **args.pe_options,
     }
     model = make_vit(**vit_options).to(device)

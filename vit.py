@@ -53,6 +53,7 @@ class ViT(nn.Module):
     dropout       after the position embedding, the attention's projection and both layers of the MLP
     drop_path     stochastic depth: chance to drop a residual branch, in every block the same, as in DeiT III
     layer_scale   initial value of LayerScale's gammas, None for no LayerScale
+    pos_scale     multiplies all positions, which for an encoding is the same as to multiply all its frequencies
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ViT(nn.Module):
         dropout=0.0,
         drop_path=0.0,
         layer_scale=None,
+        pos_scale=1.0,
         **pe_options,
     ):
         super().__init__()
@@ -79,7 +81,7 @@ class ViT(nn.Module):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
         if not isinstance(img_size, int) or img_size % patch_size:  # forward takes images that are not square
             raise ValueError(f"img_size must be one number, a multiple of patch_size = {patch_size}, got {img_size}")
-        dim, self.grid = num_heads * head_dim, img_size // patch_size
+        dim, self.grid, self.pos_scale = num_heads * head_dim, img_size // patch_size, pos_scale
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = (
@@ -119,13 +121,13 @@ class ViT(nn.Module):
     @property
     def spacing(self):
         """How far apart neighbouring patches of a training image are, in units of position."""
-        return 2 * math.pi / max(self.grid - 1, 1)
+        return self.pos_scale * 2 * math.pi / max(self.grid - 1, 1)
 
     def positions(self, height, width, device=None):
         """Positions (x, y) of all tokens of an image of height x width patches, class token first: (T, 2)."""
         device = self.patch_embed.proj.weight.device if device is None else device
         x, y = (grid_axis(n, self.grid, device) for n in (width, height))
-        pos = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+        pos = self.pos_scale * torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
         return torch.cat([pos.new_zeros(self.num_prefix_tokens, 2), pos])
 
     def compile(self, **options):

@@ -38,13 +38,8 @@ def cifar(epochs, encodings=ENCODINGS, seeds=SEEDS, **flags):
     return [{"pe": pe, "seed": seed, "epochs": epochs, **flags} for seed in seeds for pe in encodings]
 
 
-def bearing(dataset, *pools):
-    return [
-        {"pe": pe, "seed": seed, "dataset": dataset, "pool": pool}
-        for seed in SEEDS
-        for pool in pools
-        for pe in ENCODINGS
-    ]
+def bearing(dataset, seeds, encodings=ENCODINGS, **flags):
+    return [{"pe": pe, "seed": seed, "dataset": dataset, **flags} for seed in seeds for pe in encodings]
 
 
 # The short schedule first, then the paper's: with the three encodings that it compares most closely, then with all.
@@ -53,9 +48,21 @@ TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0
 # For those who have no GPU: the ViT that learns bearing.
 PLAIN_VIT = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
 SMALL = cifar(4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
+# One frequency or a range of them, for an encoding that is equivariant and for one that is not.
+RANGES = [(1, 0.5), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
+FREQUENCIES = [
+    {**run, "pos-scale": scale, "pe-options": f"theta={theta}"}
+    for seed in range(6)
+    for theta, scale in RANGES
+    for run in bearing("bearing-corner", [seed], ["axial", "spherical"], pool="mean")
+]
 SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and evaluate.py's flags, if it has a part
-    "bearing": (bearing("bearing", "cls"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
-    "bearing-corner": (bearing("bearing-corner", "cls", "mean"), "--regions"),
+    "bearing": (bearing("bearing", range(6)), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
+    "bearing-corner": (
+        [run for pool in ("mean", "cls") for run in bearing("bearing-corner", range(12), pool=pool)],
+        "--regions",
+    ),
+    "bearing-frequencies": (FREQUENCIES, "--regions"),
     "cifar100-small": (SMALL, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),

@@ -93,6 +93,11 @@ def test_an_image_may_have_other_positions_than_those_of_its_grid(pe, float64):
     assert change[0].max() < 1e-12 and change[1].max() > 1e-4
 
 
+def test_pos_scale_multiplies_positions_and_what_is_measured_in_patches():
+    scaled, plain = small_vit("axial", pos_scale=0.5), small_vit("axial")
+    assert torch.equal(scaled.positions(4, 12), plain.positions(4, 12) / 2) and scaled.spacing == plain.spacing / 2
+
+
 @pytest.mark.parametrize("pe", ["none", *ROTARY])
 def test_only_an_encoding_knows_where_patches_are(pe, float64):
     vit, images = small_vit(pe, pool="mean"), torch.randn(2, 3, 32, 32)
