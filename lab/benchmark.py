@@ -10,7 +10,8 @@
     memory         the peak of a training step; what one layer's encoding needs at 4096 tokens
     tokens         alone, forward and backward, at 64 to 4096 tokens an image, as many in all: fewer images
     head-dim       the same at 32, 64 and 128 channels a head
-    exponential    LieRE and ComRoPE against the same with torch.matrix_exp for each token, forward and backward
+    peers          alone, eager and compiled, beside other ways to do it: complex numbers, torch.matrix_exp per token,
+                   timm and rotary-embedding-torch, where these are installed (pip install timm rotary-embedding-torch)
     recipe         a batch's augmentation against its training step, and LAMB against fused AdamW
     decoding       reading photographs (--photos DIR) at 224 pixels as lab/imagenet.py does, against Pillow's open,
                    convert and resize of the whole image
@@ -32,6 +33,7 @@ if not __package__:  # started as python lab/benchmark.py
 
 import argparse
 import gc
+import importlib
 import itertools
 import json
 import math
@@ -171,11 +173,64 @@ def memory(args):
         yield layer.row("encoding, memory", "q and k") | {"ratio": added / unit, "megabytes": added / 1e6}
 
 
-def exponential(args):
+def peers(args):
+    """Each encoding beside other implementations, which are called as their authors recommend."""
+    if args.head_dim % 4:
+        raise UserError(f"--head-dim must be a multiple of 4 for peers, not {args.head_dim}")
     for layer in layers(args):
-        if isinstance(layer.rope, LieRE | ComRoPE):
-            ours, theirs = layer.with_backward(layer.encode), layer.with_backward(partial(encode_by_matrix_exp, layer))
-            yield layer.row("exponential", "torch.matrix_exp") | compare(ours, theirs, args)
+        for base, encode, parameters in others(layer):
+            for mode, prepare in ("eager", lambda f: f), ("compiled", partial(torch.compile, dynamic=False)):
+                torch.compiler.reset()
+                ours, theirs = prepare(layer.encode), prepare(encode)
+                row = compare(torch.no_grad()(ours), torch.no_grad()(theirs), args)
+                yield layer.row(f"forward, {mode}", base) | row
+                row = compare(layer.with_backward(ours), layer.with_backward(theirs, parameters), args)
+                yield layer.row(f"forward and backward, {mode}", base) | row
+
+
+def others(layer):
+    """Yields a name, a function that turns the layer's q and k, and its parameters: a list."""
+    pe, rope, q, k = layer.pe, layer.rope, layer.q, layer.k
+    (_, H, T, D), learned = q.shape, list(rope.parameters())
+    if pe in ("axial", "mixed"):
+        yield "complex numbers", partial(encode_by_complex_numbers, layer), learned
+    if isinstance(rope, LieRE | ComRoPE):
+        yield "torch.matrix_exp", partial(encode_by_matrix_exp, layer), learned
+    shape = [math.isqrt(T)] * 2
+    if pe in ("axial", "mixed") and (timm := installed("timm.layers")):
+        if pe == "axial":  # one table for all calls
+            table = timm.RotaryEmbeddingCat(D, in_pixels=False, feat_shape=shape).to(q.device).get_embed()
+            yield "timm", lambda: [timm.apply_rot_embed_cat(x, table) for x in (q, k)], []
+        else:
+            theirs = timm.RotaryEmbeddingMixed(H * D, 1, H, feat_shape=shape).to(q.device)
+            encode = lambda: [timm.apply_rot_embed_cat(x, table) for table in theirs.get_embed() for x in (q, k)]  # noqa: E731
+            yield "timm", encode, list(theirs.parameters())
+    if pe == "axial" and (rotary := installed("rotary_embedding_torch")):
+        theirs = rotary.RotaryEmbedding(D // 2, freqs_for="pixel").to(q.device)
+
+        def encode():
+            table = theirs.get_axial_freqs(*shape).flatten(0, 1)
+            return [rotary.apply_rotary_emb(table, x) for x in (q, k)]
+
+        yield "rotary-embedding-torch", encode, []
+
+
+def installed(name):
+    """The module, or None if its package is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def encode_by_complex_numbers(layer):
+    """The same as RoPE-ViT's and LLaMA's code has it."""
+    w = layer.rope.frequencies(layer.pos.dtype) if layer.pe == "axial" else layer.rope.freqs
+    angle = layer.pos[:, :, None] * w[:, None]  # (H or 1, T, M, pairs)
+    angle = angle.flatten(-2) if layer.pe == "axial" else angle.sum(-2)
+    z = torch.polar(torch.ones_like(angle), angle)
+    pairs = (torch.view_as_complex(x.to(angle.dtype).unflatten(-1, (-1, 2))) for x in (layer.q, layer.k))
+    return [torch.view_as_real(x * z).flatten(-2).type_as(layer.q) for x in pairs]
 
 
 def encode_by_matrix_exp(layer):
@@ -186,7 +241,7 @@ def encode_by_matrix_exp(layer):
     else:
         P = rope.blocks
         A, turn = torch.einsum("tm,mk,hkij->htkij", pos, rope.factors(pos.dtype), P - P.mT), comrope.turn
-    R = torch.matrix_exp(A.contiguous())
+    R = torch.compiler.disable(torch.matrix_exp)(A.contiguous())  # inductor gives it strides that it refuses
     return turn(layer.q, R), turn(layer.k, R)
 
 
@@ -312,8 +367,8 @@ class Layer:
     def copy(self):
         return self.q * 1, self.k * 1
 
-    def with_backward(self, f):
-        inputs = [self.q, self.k, self.v, *self.rope.parameters()]
+    def with_backward(self, f, parameters=None):
+        inputs = [self.q, self.k, self.v, *(self.rope.parameters() if parameters is None else parameters)]
 
         def run():
             out = f()
@@ -380,7 +435,7 @@ PARTS = {
     "memory": memory,
     "tokens": partial(forward_and_backward, sides=SIDES),
     "head-dim": partial(forward_and_backward, head_dims=HEAD_DIMS),
-    "exponential": exponential,
+    "peers": peers,
     "recipe": recipe,
     "decoding": decoding,
 }

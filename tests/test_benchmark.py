@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,9 +14,15 @@ from conftest import complaint, make_imagenet
 from lab import benchmark
 from vit import ENCODINGS
 
+EXPONENTIALS = "liere", "comrope-ap", "comrope-ld"
 PARTS = [part for part in benchmark.PARTS if part != "decoding"]
 TINY = ["--device=cpu", "--depth=1", "--heads=1", "--head-dim=16", "--img-size=16", "--batch-size=2", "--repeats=2"]
 pytestmark = pytest.mark.usefixtures("tiny_bearing")  # for its empty folder
+
+
+@pytest.fixture(autouse=True)
+def without_a_cpp_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def measured(*flags):
@@ -36,7 +44,11 @@ def test_every_part_has_its_rows_on_file_and_on_screen(capsys):
         "memory": memory + [("encoding, memory", pe, "q and k") for pe in ropes],
         "tokens": both_ways * 4,
         "head-dim": both_ways * 3,
-        "exponential": [("exponential", "comrope-ap", "torch.matrix_exp")],
+        "peers": [
+            (f"{what}, {mode}", "comrope-ap", "torch.matrix_exp")
+            for mode in ("eager", "compiled")
+            for what in ("forward", "forward and backward")
+        ],
         "recipe": [("augmentation", "axial", "training step"), ("LAMB", "axial", "fused AdamW")],
     }
     assert {(row["tokens"], row["batch_size"]) for row in rows["tokens"]} == {(64, 64), (256, 16), (1024, 4), (4096, 1)}
@@ -70,12 +82,27 @@ def test_options_reach_every_encoding():
     benchmark.vit_of("none", args)  # which they are compared with
 
 
-def test_torchs_exponential_gives_the_same_rotation():
-    for layer in benchmark.layers(benchmark.parse_args([*TINY, "--pe", "liere", "comrope-ap", "comrope-ld"])):
+def test_other_ways_to_do_it_give_the_same_rotation():
+    for layer in benchmark.layers(benchmark.parse_args([*TINY, "--pe", "axial", "mixed", *EXPONENTIALS])):
         layer.rope.double()
         layer.q, layer.k, layer.pos = layer.q.double(), layer.k.double(), layer.pos.double()
-        ours, theirs = layer.encode(), benchmark.encode_by_matrix_exp(layer)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+        name, encode, _ = next(benchmark.others(layer))
+        assert name == ("torch.matrix_exp" if layer.pe in EXPONENTIALS else "complex numbers")
+        torch.testing.assert_close(tuple(encode()), layer.encode(), rtol=0, atol=1e-10)
+
+
+def test_libraries_that_are_installed_are_peers(monkeypatch):
+    """Here two that turn nothing, in the places of timm and rotary-embedding-torch."""
+    table = torch.zeros(4, 4, 16)
+    module = Mock(get_embed=lambda: table, get_axial_freqs=lambda *shape: table, parameters=lambda: [])
+    module.to = lambda device: module
+    library = Mock(apply_rot_embed_cat=lambda x, table: x.clone(), apply_rotary_emb=lambda table, x: x.clone())
+    library.RotaryEmbedding = library.RotaryEmbeddingCat = library.RotaryEmbeddingMixed = lambda *_, **__: module
+    for name in "timm.layers", "rotary_embedding_torch":
+        monkeypatch.setitem(sys.modules, name, library)
+    rows = measured("peers", "--pe", "axial")["rows"]
+    names = ["complex numbers", "timm", "rotary-embedding-torch"]
+    assert [row["base"] for row in rows] == [name for name in names for _ in range(4)]
 
 
 def test_a_row_has_median_and_quartiles_of_turns(monkeypatch):
@@ -156,6 +183,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("--device nowhere cannot be used", "--device=nowhere"),
         ("take cpu or cuda", "--device=meta"),
         ("head_dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
+        ("multiple of 4 for peers, not 18", "peers", "--pe", "axial", "--head-dim=18"),
         ("none ape has no part in alone", "alone", "--pe", "none", "ape"),
         ("--photos", "decoding", "--photos=nowhere"),
     ):
