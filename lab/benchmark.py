@@ -132,7 +132,7 @@ def parse_args(argv):
 
 
 def show(what, pe, base, ratio, low=None, high=None, milliseconds=None, megabytes=None, **sizes):
-    print(f"{what:38} {pe:18} {ratio:8.3f} of {base:17}", end="")
+    print(f"{what:38} {pe:18} {ratio:8.3f} of {base:23}", end="")
     print(f"{megabytes:9.1f} MB" if low is None else f"({low:.3f} to {high:.3f}) {milliseconds:9.2f} ms", end="")
     print("".join(f"   {name} {size}" for name, size in sizes.items()), flush=True)
 

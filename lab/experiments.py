@@ -229,11 +229,11 @@ def measured(name, column="accuracy", **flags):
     return cell
 
 
-def cost(device, what, **sizes):
-    """A ratio that lab.benchmark wrote into benchmark-<device>.json, with its quartiles if it is of times."""
+def cost(file, what, **sizes):
+    """A ratio that lab.benchmark wrote into lab/results/<file>.json, with its quartiles if it is of times."""
 
     def cell(pe):
-        for row in read_json(RESULTS / f"benchmark-{device}.json").get("rows", []):
+        for row in read_json(RESULTS / f"{file}.json").get("rows", []):
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
@@ -273,12 +273,20 @@ TABLES = {  # name: its columns, each one a title and what was measured of an en
     ],
     "cifar100-small": evaluated("cifar100-small", 24, 48, 64),
     "cost": [
-        ("on a GPU", cost("cuda", "training step")),
-        ("on a CPU", cost("cpu", "training step")),
-        ("inference, on a CPU", cost("cpu", "inference")),
-        ("memory of a step", cost("cpu", "training step, memory")),
-        ("encoding alone, of attention", cost("cpu", "encoding, forward and backward", part="tokens", tokens=1024)),
-        ("its memory, of q and k", cost("cpu", "encoding, memory")),
+        ("on a GPU", cost("benchmark-cuda", "training step")),
+        ("on a CPU", cost("benchmark-cpu", "training step")),
+        ("inference, on a CPU", cost("benchmark-cpu", "inference")),
+        ("memory of a step", cost("benchmark-cpu", "training step, memory")),
+        (
+            "encoding alone, of attention",
+            cost("benchmark-cpu", "encoding, forward and backward", part="tokens", tokens=1024),
+        ),
+        ("its memory, of q and k", cost("benchmark-cpu", "encoding, memory")),
+    ],
+    "peers": [
+        (f"{mode}, of {base}", cost("peers-cpu", f"forward and backward, {mode}", base=base))
+        for base in ("complex numbers", "timm", "rotary-embedding-torch", "torch.matrix_exp")
+        for mode in ("eager", "compiled")
     ],
     "table7": [
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
