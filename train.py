@@ -6,13 +6,15 @@
     torchrun --nproc_per_node=8 train.py ...            # the same on eight GPUs, which share each batch
 
 A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row per epoch), curves.png, last.pt and, at its end,
-result.json. Ctrl-C stops a run after the current step; the same command with --resume continues it, also after a crash
-and with any number of GPUs. On a CPU the result is the same to the last bit, because everything random in a step is
-drawn from generators seeded by the run's seed and the step's number.
+result.json. Ctrl-C, or SIGTERM, stops a run after the current step; the same command with --resume continues it, also
+after a crash and with any number of GPUs. On a CPU the result is the same to the last bit, because everything random in
+a step is drawn from generators seeded by the run's seed and the step's number.
 """
 
+import lab  # noqa: F401  # isort: skip  (first, as Ctrl-C shows no traceback from here on)
 import argparse
 import math
+import signal
 import sys
 import time
 from functools import partial
@@ -25,14 +27,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lab import runs
 from lab.augment import jitter_positions
-from lab.cli import Parser, UserError, add_device_flags, number, one_line_errors, parse_options, usable_device
+from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, parse_options, usable_device
 from lab.data import AUGMENT
 from lab.distributed import RANK, WORLD_SIZE, Stop, Stopped, cleanup, init, rank_0_first, total, union
 from lab.environment import command, device_name, environment
-from lab.files import make_folder, write_csv, write_json
+from lab.files import locked, write_csv
 from lab.lamb import LAMB
-from lab.runs import DATASETS, accuracy, load_checkpoint, make_vit, save_checkpoint
+from lab.runs import DATASETS, accuracy, make_vit
 from vit import ENCODINGS
 
 COUNT, POSITIVE, NOT_NEGATIVE, RATE = number(int, least=1), number(float), number(float, 0), number(float, 0, 0.9)
@@ -77,9 +80,9 @@ def parse_args(argv=None):
     add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="its options, such as block_size=4 theta=50")
     add("--dataset", choices=DATASETS, default="cifar100", help="what to learn (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="decides everything random (%(default)s)")
-    add("--out", type=Path, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
+    add("--out", type=folder, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
+    add("--data-dir", type=folder, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
     add("--fraction", type=number(float, most=1), default=1.0, help="train on part of the images, for as many steps")
     add("--micro-batch", type=COUNT, help="images that a process takes at once (its whole part of the batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear maps (%(default)s)")
@@ -153,18 +156,10 @@ def main(argv=None):
     # The rest of a run's state. totals are sums over this epoch: of steps, loss, correct, gradient norm.
     state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    if args.resume:
-        load_checkpoint(args.out, config, model, optimizer, state)
-    elif (args.out / "last.pt").exists():
-        raise UserError(f"{args.out} holds a run: add --resume to continue it, or choose another folder with --out")
+    config["data_set"] = data.contents
+    runs.load_checkpoint(args.out, config, model, optimizer, state) if args.resume else runs.check_folder(args.out)
     with rank_0_first():  # it downloads
         data.load()
-    if RANK == 0:
-        make_folder(args.out)
-        if not args.resume:
-            write_json(args.out / "config.json", vars(args) | environment(device))
-            for name in "result.json", "evaluation.json":  # of a run whose checkpoint is gone
-                (args.out / name).unlink(missing_ok=True)
     if args.compile:
         model.compile()
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
@@ -172,15 +167,17 @@ def main(argv=None):
     print(f"{about}: {parameters / 1e6:.2f} M parameters on {device_name(device)}, to {args.out}/", flush=True)
 
     def save():
-        epoch_means(args, state)  # or an error, where they are not finite: such weights are not saved
+        epoch_means(args, state, model)  # or an error, where they are not finite: such weights are not saved
         if RANK == 0:
-            save_checkpoint(args.out, config, model, optimizer, state | {"vit": vit_options, "data": data_options})
+            runs.save_checkpoint(args.out, config, model, optimizer, state | {"vit": vit_options, "data": data_options})
 
     # The loop. What is random in a step depends on the seed and the step's number alone.
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
     saved = time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
-    with tqdm(**progress) as bar, Stop() as stop:
+    with locked(args.out), tqdm(**progress) as bar, Stop.on_signals() as stop:
+        if RANK == 0 and not args.resume:
+            runs.write_config(args.out, vars(args) | environment(device))
         batches = stop.watch(train_batches(args, data, state["step"]))
         try:
             for epoch in range(len(state["log"]), args.epochs):
@@ -236,9 +233,11 @@ def main(argv=None):
                 state["seconds"] += time.perf_counter() - start  # spent waiting for the GPU's training
                 test_accuracy = accuracy(model, stop.watch(data.test_batches(img_size=args.eval_size)), args.amp)
                 stop.raise_if_stopped()
+                if math.isnan(test_accuracy):
+                    raise UserError(f"no test image in {args.data_dir} could be read: mend them, then use --resume")
                 row = {
                     "epoch": epoch + 1,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": learning_rate(args, state["step"] - 1, steps_per_epoch),
                     "train_loss": round(loss, 4),
                     "train_accuracy": round(100 * correct, 2),
                     "test_accuracy": round(test_accuracy, 2),
@@ -252,7 +251,7 @@ def main(argv=None):
                     "epoch {epoch:3}   loss {train_loss:.3f}   training {train_accuracy:.2f} %   "
                     "test {test_accuracy:.2f} %   {seconds:.0f} s".format(**row)
                 )
-                if epoch + 1 == args.epochs:
+                if epoch + 1 in (1, args.epochs):
                     save()
         except Stopped as e:  # all ranks, between two steps
             save()
@@ -263,7 +262,7 @@ def main(argv=None):
                 raise e.__cause__ from None
             if RANK == 0:
                 print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
-            return 130
+            return 128 + (stop.signal or signal.SIGINT)
         except OSError as e:  # a full disk, most likely
             then = ", then continue with --resume" if (args.out / "last.pt").exists() else ""
             raise UserError(f"{e}: fix that{then}") from e
@@ -276,7 +275,7 @@ def main(argv=None):
         "parameters": parameters,
     }
     if RANK == 0 and not (args.out / "result.json").exists():  # else this resumed a finished run
-        write_json(args.out / "result.json", result | environment(device))
+        runs.write_result(args.out, result | environment(device), state["log"])
     print(
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
         "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
@@ -317,16 +316,15 @@ def learning_rate(args, step, steps_per_epoch):
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
 
 
-def epoch_means(args, state):
-    """This epoch's mean loss and accuracy so far. Raises UserError where they or the gradient are not finite."""
+def epoch_means(args, state, model=None):
+    """This epoch's mean loss and accuracy so far. Raises UserError if they, the gradient or weights are not finite."""
     steps, loss, correct, norm = state["totals"].tolist()
-    if not math.isfinite(loss + norm):
+    if not math.isfinite(loss + norm) or (model and not runs.finite(model.state_dict())):
         last = args.out / "last.pt"
         kept = f"{last} is the last good checkpoint" if last.exists() else "there was no checkpoint yet"
-        raise UserError(f"the loss or its gradient became NaN or infinite: try a lower --lr ({kept})", code=1)
+        raise UserError(f"loss, gradient or weights became NaN or infinite: try a lower --lr ({kept})", code=1)
     return loss / max(steps, 1), correct / max(steps, 1)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each epoch when it is done
     sys.exit(main())

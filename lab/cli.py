@@ -5,7 +5,10 @@ import ast
 import functools
 import inspect
 import math
+import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import torch
 
@@ -28,35 +31,60 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        try:
-            return main(argv) or 0
-        except KeyboardInterrupt:
-            print("Stopped at once.", file=sys.stderr)
-            return 130
-        except UserError as e:
-            return failed(e, e.code)
-        except OSError as e:
-            return failed(e)
-        except torch.OutOfMemoryError:
-            return failed("the GPU's memory is full: try a smaller --batch-size, --micro-batch or model")
-        except RuntimeError as e:
-            if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and has said why
-                return 1
-            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                return failed(f"torch.compile failed ({first_line(e)}): install a C++ compiler, or add --no-compile")
-            raise
+        with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+            try:
+                return main(argv) or 0
+            except KeyboardInterrupt:
+                print("Stopped at once.", file=sys.stderr)
+                return 130
+            except Exception as e:
+                if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and has said why
+                    return 1
+                if (why := explanation(e)) is None:
+                    raise
+                defer()
+                print("error:", " ".join(why.splitlines()), file=sys.stderr)
+                return getattr(e, "code", 2)
 
     return wrapped
 
 
-def failed(why, code=2):
-    defer()
-    print(f"error: {why}", file=sys.stderr)
-    return code
+def explanation(e):
+    """What is wrong, and how to fix it; None for what only a bug can cause."""
+    if isinstance(e, UserError | OSError):
+        return str(e)
+    if is_out_of_memory(e):
+        return "memory is full: try a smaller --batch-size, --micro-batch or model"
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first_line(e)}): install a C++ compiler, or add --no-compile"
+    return None
+
+
+def is_out_of_memory(e):
+    return isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
 
 def first_line(e):
     return str(e).partition("\n")[0] or type(e).__name__
+
+
+class Output:
+    """A stream whose reader may leave at any time, as `| head -1` does: a run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        if getattr(self.stream, "errors", None) == "strict":
+            self.stream.reconfigure(errors="replace")  # for terminals that know nothing but ASCII
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()  # a log file shows each epoch when it is done
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,15 +100,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, least=None, most=math.inf):
-    """A type for argparse: a finite int or float, above 0 or not below `least`, and not above `most`."""
+    """A type for argparse: an int64 or a float32, above 0 or not below `least`, and not above `most`."""
 
     def parse(text):
         try:
             value = kind(text)
-            good = math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most
-        except (ValueError, OverflowError):  # the latter from an integer of hundreds of digits
-            good = False
-        if not good:
+        except ValueError:
+            value = math.nan
+        if most == math.inf and value > (2**63 - 1 if kind is int else torch.finfo(torch.float32).max):
+            raise argparse.ArgumentTypeError(f"is too large: {text}")
+        if not (value > 0 if least is None else value >= least) or value > most:
             limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
             raise argparse.ArgumentTypeError(
                 f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
@@ -88,6 +117,13 @@ def number(kind, least=None, most=math.inf):
         return value
 
     return parse
+
+
+def folder(text):
+    """A type for argparse: a Path, not that of the working directory by mistake."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, not nothing")
+    return Path(text)
 
 
 def parse_options(words, pe, make):
@@ -123,7 +159,9 @@ def usable_device(name):
             raise UserError(f"{LOCAL_WORLD_SIZE} processes need as many GPUs, here are {gpus}: change --nproc_per_node")
         name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.empty(0, device=name).device
+        number = torch.zeros((), device=name)
+        number.item()  # "meta" has none
+        device = number.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # which it is that is waited for, and that graphs are compiled for
         return device

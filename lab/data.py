@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from lab.augment import mix, three_augment
 from lab.cli import UserError
-from lab.files import replacing
+from lab.files import locked, replacing
 
 AUGMENT = "none", "3", "mix"
 
@@ -42,6 +42,7 @@ class Dataset:
     """What all data sets share: a test set of bytes on the device, and the normalisation by the training images."""
 
     damaged = frozenset()  # files that could not be read
+    contents = ""  # of folders: how many images and classes, and a checksum of their names
 
     def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
@@ -204,16 +205,21 @@ def cifar100_folder(root):
     folder, archive = root / "cifar-100-python", root / CIFAR100_URL.rpartition("/")[2]
     if folder.is_dir():
         return folder
-    if not archive.exists():
-        download(CIFAR100_URL, CIFAR100_MD5, archive)
-    elif md5(archive) != CIFAR100_MD5:
-        raise UserError(f"{archive} is damaged, or not the official archive: delete it and run again to download it")
-    with tempfile.TemporaryDirectory(dir=root) as tmp, tarfile.open(archive) as tar:
-        made = Path(tmp) / folder.name
-        made.mkdir()
-        for name in "train", "test":  # and nothing else that an archive may hold
-            (made / name).write_bytes(tar.extractfile(f"{folder.name}/{name}").read())
-        os.replace(made, folder)
+    with locked(root, "--data-dir", wait=True):
+        if folder.is_dir():  # another run has made it in the meantime
+            return folder
+        if not archive.exists():
+            download(CIFAR100_URL, CIFAR100_MD5, archive)
+        elif md5(archive) != CIFAR100_MD5:
+            raise UserError(
+                f"{archive} is corrupt, or not the official archive: delete it and run again to download it"
+            )
+        with tempfile.TemporaryDirectory(dir=root) as tmp, tarfile.open(archive) as tar:
+            made = Path(tmp) / folder.name
+            made.mkdir()
+            for name in "train", "test":  # and nothing else that an archive may hold
+                (made / name).write_bytes(tar.extractfile(f"{folder.name}/{name}").read())
+            os.replace(made, folder)
     return folder
 
 
@@ -221,7 +227,6 @@ def download(url, expected_md5, path):
     """Fetch url to path, which comes to be only when all is there and its MD5 sum is right."""
     try:
         with urllib.request.urlopen(url, timeout=60) as reply:
-            path.parent.mkdir(parents=True, exist_ok=True)
             size = int(reply.headers.get("Content-Length", 0)) or None
             with replacing(path) as tmp:
                 with open(tmp, "wb") as f, tqdm.wrapattr(reply, "read", size, desc=path.name, disable=None) as counted:
@@ -242,12 +247,22 @@ def md5(path):
 
 
 class CIFARUnpickler(pickle.Unpickler):
-    """Knows the three names by which CIFAR's pickles make an array. A pickle may name any function, and it is run."""
+    """A pickle may name any function, and it is run. Here the three by which CIFAR's make an array do nothing."""
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image files have no use for")
-        return super().find_class(module, name)
+        return Unbuilt
+
+
+class Unbuilt:
+    """Stands for what a call would have made. An array's state is (version, shape, dtype, is_fortran, bytes)."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 def read_cifar100(path):
@@ -255,9 +270,10 @@ def read_cifar100(path):
     try:
         with open(path, "rb") as f:
             content = CIFARUnpickler(f, encoding="bytes").load()
-        images, labels = content[b"data"].reshape(-1, 3, 32, 32), np.array(content[b"fine_labels"], dtype=np.int64)
-        if images.dtype != np.uint8 or labels.shape != (len(images),) or not np.isin(labels, np.arange(100)).all():
-            raise ValueError("not as many labels from 0 to 99 as images of bytes")
-        return torch.from_numpy(images), torch.from_numpy(labels)
+        labels, (_, shape, _, fortran, pixels) = content[b"fine_labels"], content[b"data"].state
+        if shape != (len(labels), 3 * 32 * 32) or fortran or not all(type(x) is int and 0 <= x < 100 for x in labels):
+            raise ValueError("not as many labels from 0 to 99 as images")
+        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)  # of other numbers than bytes it is too long
+        return images.view(len(labels), 3, 32, 32), torch.tensor(labels)
     except Exception as e:  # a damaged pickle can fail in any way
         raise UserError(f"cannot read {path} ({e}): delete {path.parent} and run again to have it made anew") from e

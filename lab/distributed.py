@@ -17,10 +17,16 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+try:
+    RANK = int(os.environ.get("RANK", 0))
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
+    WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+    LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
+        raise ValueError
+except ValueError:
+    print("error: RANK and WORLD_SIZE are not as torchrun sets them: use it, or unset them", file=sys.stderr)
+    sys.exit(2)
 
 
 def init(device):
@@ -80,43 +86,59 @@ def union(items):
     return set().union(*sets)
 
 
+@contextmanager
+def on_signals(handler):
+    """Call handler(number, frame) at Ctrl-C and at what schedulers and closed terminals send."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup started this
+        signals.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 class Stopped(Exception):
-    """Ctrl-C was pressed, or another rank cannot continue: all ranks stop between two steps."""
+    """A signal came, or another rank cannot continue: all ranks stop between two steps."""
 
 
 class Stop:
-    """Ctrl-C, or data that one rank cannot read, stops all ranks at the same place.
+    """A signal, or data that one rank cannot read, stops all ranks at the same place.
 
-    with Stop() as stop:
+    with Stop.on_signals() as stop:
         for batch in stop.watch(batches):   # ends early where there is a reason to stop
             ...
         stop.raise_if_stopped()
     """
 
     def __init__(self):
-        self.interrupted, self.error = False, None
+        self.signal, self.error = 0, None
 
-    def __enter__(self):
-        self.handler = signal.signal(signal.SIGINT, self.interrupt)
-        return self
+    @classmethod
+    @contextmanager
+    def on_signals(cls):
+        stop = cls()
+        try:
+            with on_signals(stop.interrupt):
+                yield stop
+        finally:
+            stop.error = None  # its traceback holds all that the run held, worker processes too
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.handler)
-        self.error = None  # its traceback holds all that the run held, worker processes too
-
-    def interrupt(self, *_):
-        if self.interrupted and WORLD_SIZE == 1:  # a second Ctrl-C will not wait (of several ranks torchrun ends all)
-            raise KeyboardInterrupt
-        self.interrupted = True
+    def interrupt(self, number, frame):
+        if number == self.signal == signal.SIGINT and WORLD_SIZE == 1:  # a second Ctrl-C will not wait
+            raise KeyboardInterrupt  # (several ranks get each signal from the terminal and from torchrun)
+        self.signal = number
 
     def watch(self, batches):
         """The batches, up to where there is a reason to stop."""
         try:
-            yield from itertools.takewhile(lambda _: not self.interrupted, batches)
+            yield from itertools.takewhile(lambda _: not self.signal, batches)
         except Exception as e:
             self.error = e
 
     def raise_if_stopped(self):
         """If any rank has a reason to stop, raise Stopped on all, with its own error as the cause."""
-        if any_rank(self.interrupted or self.error):
-            raise Stopped from self.error
+        if any_rank(self.signal or self.error):
+            raise Stopped from None if self.signal else self.error

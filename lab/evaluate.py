@@ -19,16 +19,17 @@ import sys
 if not __package__:  # started as python lab/evaluate.py
     sys.path[0] += "/.."
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from lab.cli import Parser, UserError, add_device_flags, number, one_line_errors, usable_device
+from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, usable_device
 from lab.data import REGIONS, Bearing
 from lab.distributed import WORLD_SIZE
-from lab.files import read_json, write_json
-from lab.runs import DATASETS, accuracy, read_run
+from lab.files import write_json
+from lab.runs import DATASETS, accuracy, read_evaluation, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
 SHIFTS = 1, 2, 4, 8, 16  # patches
@@ -47,13 +48,13 @@ def main(argv=None):
 def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py has written")
+    add("runs", nargs="+", type=folder, metavar="RUN", help="folders that train.py has written")
     add("--sizes", nargs="*", type=number(int, least=1), metavar="S", help="sides of test images (0.75 to 2 times)")
     add("--shift", nargs="*", type=number(float, least=0), metavar="RHO", help=f"move all positions {SHIFTS}")
     add("--patch-shift", nargs="*", type=number(float, least=0), metavar="RHO", help="move all but the class token's")
     add("--shuffle", action="store_true", help="the patches of each image in random order")
     add("--regions", action="store_true", help="bearing: both squares in one quarter of the image")
-    add("--data-dir", type=Path, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
+    add("--data-dir", type=folder, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.amp is None:
@@ -69,10 +70,16 @@ def evaluate(run, args):
     saved, model = read_run(run, args.device)
     config, path = saved["config"], run / "evaluation.json"
     data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
+    if data.contents != config["data_set"]:
+        raise UserError(
+            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.contents}: see --data-dir"
+        )
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
-    results = read_json(path)
+    results = read_evaluation(run)
     for name, found in evaluations(model, data, config["eval_size"] or data.img_size, args):
+        if any(map(math.isnan, found.values())):
+            raise UserError(f"no test image in {args.data_dir} could be read")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
         write_json(path, results)

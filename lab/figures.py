@@ -32,8 +32,8 @@ from matplotlib.patches import Circle
 from comrope import ComRoPE
 from lab import experiments
 from lab.cli import Parser, UserError, one_line_errors
-from lab.files import make_folder, read_json, replacing
-from lab.runs import read_run
+from lab.files import make_folder, replacing
+from lab.runs import read_evaluation, read_result, read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
@@ -349,7 +349,7 @@ def what_is_known(folder):
     saved, model = read_run(folder)
     config = saved["config"]
     name = ", ".join([config["pe"], *(f"{option} = {value}" for option, value in config["pe_options"].items())])
-    found = {kind: read_json(folder / f"{kind}.json") for kind in ("result", "evaluation")}
+    found = {"result": read_result(folder), "evaluation": read_evaluation(folder)}
     return SimpleNamespace(folder=folder, name=name, config=config, log=saved["log"], model=model, **found)
 
 

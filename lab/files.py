@@ -5,7 +5,13 @@ import json
 import os
 from contextlib import contextmanager
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 from lab.cli import UserError
+from lab.distributed import RANK
 
 
 @contextmanager
@@ -14,17 +20,44 @@ def replacing(path):
     tmp = path.with_name(path.name + ".tmp")
     try:
         yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())  # the content reaches the disk before the name
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def make_folder(path):
-    """Make the folder `path` that a script was given by --out, with its parents, unless it is there."""
+def make_folder(path, flag="--out"):
+    """Make the folder that a script was given by a flag, with its parents, unless it is there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot write to {path} ({e.strerror}): choose another folder with --out") from e
+        raise UserError(f"cannot write to {path} ({e.strerror}): choose another folder with {flag}") from e
+
+
+@contextmanager
+def locked(folder, flag="--out", wait=False):
+    """Make the folder, and keep other runs out of this block: they wait, or get a UserError. Rank 0 does it for all.
+
+    The lock ends with its process, however that ends. There is none on Windows, and where the file system has none.
+    """
+    if RANK:
+        yield
+        return
+    make_folder(folder, flag)
+    path = folder / ".lock"
+    with open(path, "w") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError) as e:  # the latter on some systems
+            raise UserError(f"another run writes to {folder}: choose another folder with {flag}") from e
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -37,7 +70,7 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (TypeError, ValueError) as e:
-        raise UserError(f"{path} is corrupt ({e}): delete it, and have it made again") from e
+        raise UserError(f"{path} is corrupt ({e}): move it away, and have it made again") from e
 
 
 def write_csv(path, rows, columns):

@@ -18,8 +18,10 @@ workers there are, nor on how many processes (world_size) train on a part of eac
 import itertools
 import math
 import os
+import shutil
 import signal
 import warnings
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from PIL.Image import Transpose
 from torch.utils.data import DataLoader
 
 from lab.augment import flip_and_color, mix
-from lab.cli import UserError
+from lab.cli import UserError, first_line
 from lab.data import Dataset, batch_indices
+from lab.distributed import LOCAL_WORLD_SIZE
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no other, whatever a file is called: for some, Pillow starts programs
@@ -47,6 +50,7 @@ UPRIGHT = {  # what mends an orientation
     8: Transpose.ROTATE_90,
 }
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of odd EXIF data, which is read as far as it goes
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large images; Pillow refuses huge ones
 
 
 class ImageNet(Dataset):
@@ -75,11 +79,17 @@ class ImageNet(Dataset):
         super().__init__(batch_size, **place)
         train, val = Path(root, "train"), Path(root, "val")
         classes = find_classes(train, val, limit_classes)
-        files, labels = find_images(train, classes)
+        (files, labels, left_out), (tests, test_labels, more) = (
+            find_images(folder, classes) for folder in (train, val)
+        )
+        if self.rank == 0 and left_out + more:
+            print(f"{left_out + more} files and folders among the images are left out: no {', '.join(SUFFIXES)}")
         part = np.random.default_rng(0).permutation(len(files))[: max(1, round(fraction * len(files)))]
         self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
+        names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
+        self.contents = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
         self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_damaged)
-        self.test = Reader(val, *find_images(val, classes), img_size, False, skip_damaged)
+        self.test = Reader(val, tests, test_labels, img_size, False, skip_damaged)
         self.seed, self.augment, self.workers = seed, augment, workers
         self.batches, self.next_step, self.damaged = None, None, set()
 
@@ -89,8 +99,8 @@ class ImageNet(Dataset):
         The workers read ahead, so the next step's images are there soon, while any other step is a new start.
         """
         if step != self.next_step:
-            self.batches = iter(self.loader(self.train, self.train_jobs(step)))
-        images, targets = self.receive(next(self.batches))
+            self.batches = self.results(self.train, self.train_jobs(step))
+        images, targets = next(self.batches)
         self.next_step = step + 1
         if self.augment != "none":
             images = 255 * flip_and_color(images / 255, self.rank, self.world_size)
@@ -100,8 +110,8 @@ class ImageNet(Dataset):
 
     def test_batches(self, batch_size=100, img_size=None):
         """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
-        for batch in self.loader(replace(self.test, S=img_size or self.img_size), self.test_jobs(batch_size)):
-            images, labels = self.receive(batch)
+        reader = replace(self.test, S=img_size or self.img_size)
+        for images, labels in self.results(reader, self.test_jobs(batch_size)):
             if len(labels):  # else all of them were damaged
                 yield self.normalise(images), labels
 
@@ -120,31 +130,50 @@ class ImageNet(Dataset):
             part = i[start : start + batch_size]
             yield part, [None] * len(part)
 
-    def loader(self, reader, jobs):
-        """The results of all jobs, in order; each is done by one worker."""
-        return DataLoader(
+    def results(self, reader, jobs):
+        """Yields images (B, 3, S, S) uint8 and labels (B,), on the device, of all jobs in order; a worker does each."""
+        ahead = 2 * self.workers * LOCAL_WORLD_SIZE * max(100, self.rank_batch_size) * 3 * reader.S**2  # bytes
+        shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+        if ahead > shared:
+            raise UserError(
+                f"shared memory (/dev/shm) has {shared >> 20} MB, and {self.workers} workers that read ahead need "
+                f"{ahead >> 20}: use fewer --workers, or 0, a smaller --batch-size, or docker run --shm-size"
+            )
+        loader = DataLoader(
             reader,
             batch_size=None,
             sampler=jobs,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",  # a copy from there is one that the host need not wait for
-            worker_init_fn=leave_interrupts_alone,
+            worker_init_fn=set_signals,
             generator=torch.Generator(),  # or it draws from the global one at its start, and a resumed step differs
         )
-
-    def receive(self, batch):
-        """A job's result -> images (B, 3, S, S) uint8, labels (B,), on the device."""
-        if isinstance(batch, str):
-            raise UserError(batch)
-        images, labels, damaged = batch
-        self.damaged.update(damaged)
-        images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
-        return images.permute(0, 3, 1, 2).contiguous(), labels
+        return received(loader, self.device, self.damaged)  # without self, so that workers end with the data set
 
 
-def leave_interrupts_alone(worker):
+def received(loader, device, damaged):
+    """What workers read -> images (B, 3, S, S) uint8 and labels (B,), on the device. Paths are added to damaged."""
+    try:
+        batches = iter(loader)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, also amid an update
+        for batch in batches:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, labels, unreadable = batch
+            damaged.update(unreadable)
+            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            yield images.permute(0, 3, 1, 2).contiguous(), labels
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise UserError(f"{first_line(e)} Memory may be short: try fewer --workers") from e
+
+
+def set_signals(worker):
     """Ctrl-C reaches all processes. The main one decides when to stop, and may want more images until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the main one ends this one; not its own handler
 
 
 def find_classes(train, val, limit):
@@ -152,7 +181,7 @@ def find_classes(train, val, limit):
     for folder in train, val:
         if not folder.is_dir():
             raise UserError(f"{folder} is not there: --data-dir must be a folder with train/<class>/ and val/<class>/")
-    names, tested = ({entry.name for entry in os.scandir(folder) if entry.is_dir()} for folder in (train, val))
+    names, tested = ({entry.name for entry in listed(folder) if entry.is_dir()} for folder in (train, val))
     classes = sorted(names)
     if not classes:
         raise UserError(f"{train} has no classes: put the images of each class into a folder of its own there")
@@ -164,19 +193,29 @@ def find_classes(train, val, limit):
     return classes[:limit]
 
 
+def listed(folder):
+    """What is in a folder and not hidden: notebooks and Macs leave .ipynb_checkpoints and ._names behind."""
+    try:
+        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as e:
+        raise UserError(f"cannot list {folder} ({e.strerror}): make it readable, or move it away") from e
+
+
 def find_images(folder, classes):
-    """-> files "class/name" (N,) as bytes, labels (N,).
+    """-> files "class/name" (N,) as bytes, labels (N,), and how many other things lie beside them.
 
     An array is one object. Of a list, each worker would come to copy every string, by counting the references to it.
     """
-    files, labels = [], []
+    files, labels, left_out = [], [], 0
     for label, c in enumerate(classes):
-        names = sorted(n for n in os.listdir(folder / c) if n.lower().endswith(SUFFIXES) and not n.startswith("."))
+        entries = listed(folder / c)
+        names = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
+        left_out += len(entries) - len(names)
         if not names:
             raise UserError(f"{folder / c} has no images: give it some that end in {', '.join(SUFFIXES)}")
         files += [os.fsencode(f"{c}/{name}") for name in names]
         labels += [label] * len(names)
-    return np.array(files), np.array(labels)
+    return np.array(files), np.array(labels), left_out
 
 
 @dataclass
@@ -223,15 +262,16 @@ def load(path, S, random=None):
     It is chosen as the image is stored, and turned upright last: the draw is the same for rows and for columns.
     """
     with Image.open(path, formats=FORMATS) as image:
-        upright = UPRIGHT.get(image.getexif().get(ORIENTATION))
         box = random_crop(*image.size, random) if random else centre_crop(*image.size, S)
         reduced = max((r for r in (2, 4, 8) if r * S <= min(box[2] - box[0], box[3] - box[1])), default=1)
         if reduced > 1 and image.draft(None, (image.width // reduced, image.height // reduced)):  # it is a JPEG
             box = [x / reduced for x in box]
-        image = opaque(image).resize((S, S), Image.BICUBIC, box)
-    if upright is not None:
-        image = image.transpose(upright)
-    return np.asarray(image.convert("RGB"))
+        part = opaque(image).resize((S, S), Image.BICUBIC, box)
+        try:
+            upright = UPRIGHT.get(image.getexif().get(ORIENTATION))
+        except Exception:  # broken EXIF data can fail in any way, beside a whole picture
+            upright = None
+    return np.asarray((part if upright is None else part.transpose(upright)).convert("RGB"))
 
 
 def random_crop(width, height, random):
@@ -262,6 +302,8 @@ def opaque(image):
     """An image of any mode -> RGB, or L, which is resized in a third of the time. What is transparent lies on white."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "RGBA" and image.format == "BMP" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")  # the fourth byte of such files means nothing
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,16 +1,18 @@
 """A run: its data set, its model and its accuracy; what train.py writes into its folder, and all scripts read there."""
 
 import io
+import itertools
 import math
+import warnings
+import zipfile
 from contextlib import contextmanager
 
 import torch
-from matplotlib.figure import Figure
 
-from lab.cli import UserError
+from lab.cli import UserError, first_line, is_out_of_memory
 from lab.data import CIFAR100, Bearing, BearingCorner
 from lab.distributed import total
-from lab.files import replacing
+from lab.files import read_json, replacing, write_json
 from lab.imagenet import ImageNet
 from vit import ViT
 
@@ -27,7 +29,7 @@ def make_vit(**options):
 
 @torch.no_grad()
 def accuracy(model, batches, amp, pos=lambda: None):
-    """The percentage of the batches' images that the model gets right, all ranks' batches taken together.
+    """The percentage of the batches' images that the model gets right, all ranks' batches taken together; NaN of none.
 
     pos() gives each batch's positions (T, 2).
     """
@@ -39,6 +41,31 @@ def accuracy(model, batches, amp, pos=lambda: None):
         count += torch.stack([correct, torch.full_like(correct, len(labels))])
     correct, tested = total(count).tolist()
     return 100 * correct / tested if tested else math.nan
+
+
+def check_folder(folder):
+    """Raise a UserError if a new run would overwrite what is there."""
+    if (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run: add --resume to continue it, or choose another folder with --out")
+    for path in folder / "config.json", folder / "result.json":  # also of a run that was killed before it was saved
+        if path.exists() and "pe" not in read_json(path):
+            raise UserError(f"{path} is not of a run: choose another folder with --out")
+
+
+def write_config(folder, config):
+    write_json(folder / "config.json", config)
+    for name in "result.json", "evaluation.json":  # of a run whose checkpoint is gone
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_result(folder, result, log):
+    plot_curves(folder / "curves.png", "{pe} on {dataset}, seed {seed}".format(**result), log)
+    write_json(folder / "result.json", result)
+
+
+def finite(weights):
+    """Whether all weights of a state dict are finite."""
+    return all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 def save_checkpoint(folder, config, model, optimizer, state):
@@ -55,45 +82,117 @@ def save_checkpoint(folder, config, model, optimizer, state):
 
 def load_checkpoint(folder, config, model, optimizer, state):
     """Fill in model, optimizer and state from last.pt, or raise a UserError that says why not."""
-    path = folder / "last.pt"
-    if not path.exists():
-        raise UserError(f"there is no {path} to continue: leave --resume out, or name the run's folder with --out")
-    with reading(path, "delete it and start again without --resume"):
-        saved = torch.load(path, map_location=state["totals"].device, weights_only=True)
-        changed = [name for name, value in config.items() if saved["config"].get(name) != value]
-        if changed:
-            flags = (f"--{k.replace('_', '-')} was {saved['config'].get(k)}, is {config[k]}" for k in changed)
-            raise UserError(f"{path} is of another configuration: {', '.join(flags)}")
+    if not (folder / "last.pt").is_file():
+        raise UserError(
+            f"there is no {folder}/last.pt to continue: leave --resume out, or name a run's folder with --out"
+        )
+    saved = read_checkpoint(folder, state["totals"].device)
+    if changed := [name for name, value in config.items() if saved["config"].get(name) != value]:
+        flags = (f"--{k.replace('_', '-')} was {saved['config'].get(k)}, is {config[k]}" for k in changed)
+        raise UserError(f"{folder / 'last.pt'} is of another configuration: {', '.join(flags)}")
+    with reading(folder / "last.pt"):
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # this run's
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)) if saved["step"] else ():
+            moments = optimizer.state[p]
+            for name, like in ("step", torch.zeros((), device=p.device)), ("exp_avg", p), ("exp_avg_sq", p):
+                if moments[name].shape != like.shape:  # fused kernels do not look at it, nor at strides
+                    raise ValueError(f"{name} is {tuple(moments[name].shape)}, not {tuple(like.shape)}")
+                moments[name] = torch.zeros_like(like).copy_(moments[name])
+        saved["totals"] = state["totals"].copy_(saved["totals"])
         state.update((name, saved[name]) for name in state)
 
 
 def read_run(folder, device="cpu"):
     """The folder of a run -> what its last.pt holds, and its model."""
-    path = folder / "last.pt"
-    if not path.exists():
-        raise UserError(f"there is no {path}: name folders that train.py has written")
-    with reading(path, "train it again"):
-        saved = torch.load(path, map_location=device, weights_only=True)
+    saved = read_checkpoint(folder, device)
+    with reading(folder / "last.pt"):
         model = make_vit(**saved["vit"]).to(device)
         model.load_state_dict(saved["model"])
     return saved, model
 
 
+# What train.py and lab.evaluate write, and what it must have: names, and the type or names of what they stand for.
+NUMBER = int, float
+CHECKPOINT = {
+    "config": {"pe": str, "dataset": str, "seed": int, "epochs": int, "pe_options": dict, "data_set": str},
+    "model": dict,
+    "optimizer": {"state": dict},
+    "vit": dict,
+    "data": dict,
+    "log": [{"epoch": int} | dict.fromkeys(("train_loss", "train_accuracy", "test_accuracy"), NUMBER)],
+    "step": int,
+    "seconds": NUMBER,
+    "totals": torch.Tensor,
+}
+RESULT = {"device": str, "torch": str, "epochs": int}
+RESULT |= dict.fromkeys(("test_accuracy", "train_seconds", "images_per_second"), NUMBER)
+
+
+def read_checkpoint(folder, device):
+    """What last.pt holds. Raises a UserError unless that is whole, and the weights in it are finite."""
+    path = folder / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name folders that train.py has written")
+    content = io.BytesIO(path.read_bytes())
+    with reading(path), warnings.catch_warnings(action="ignore"):
+        if damaged := zipfile.ZipFile(content).testzip():  # torch does not look at checksums
+            raise ValueError(f"damage in {damaged}")
+        content.seek(0)
+        saved = torch.load(content, map_location=device, weights_only=True)
+        require(saved, CHECKPOINT)
+        if not finite(saved["model"]):
+            raise UserError(f"{path} holds weights that are not finite: train again with a lower --lr")
+    return saved
+
+
+def read_result(folder):
+    """What result.json holds; {} if the run has not ended."""
+    path = folder / "result.json"
+    with reading(path):
+        return require(read_json(path), RESULT) if path.exists() else {}
+
+
+def read_evaluation(folder):
+    """What evaluation.json holds, {kind: {which: accuracy}}; {} if the run has not been evaluated."""
+    path = folder / "evaluation.json"
+    with reading(path):
+        found = read_json(path)
+        if found:
+            require(found, {"test": {"test": NUMBER}} | {kind: dict.fromkeys(found[kind], NUMBER) for kind in found})
+            [float(x) for kind in ("size", "shift", "patch shift") for x in found.get(kind, {})]
+        return found
+
+
+def require(content, pattern):
+    """content, if it has the names and types of the pattern; raises TypeError, KeyError or ValueError otherwise."""
+    if isinstance(pattern, dict):
+        for name, of_value in pattern.items():
+            require(content[name], of_value)
+    elif isinstance(pattern, list):
+        for item in content:
+            require(item, *pattern)
+    elif not isinstance(content, pattern) or (pattern is NUMBER and not math.isfinite(content)):
+        raise TypeError(f"{content!r:.20} stands in the wrong place")
+    return content
+
+
 @contextmanager
-def reading(path, advice):
-    """What fails in the block, fails because the checkpoint at `path` is corrupt: a UserError says so."""
+def reading(path):
+    """What fails in the block fails because the file at `path`, which was read, is corrupt: a UserError says so."""
     try:
         yield
     except Exception as e:  # a corrupt file can fail in any way
-        if isinstance(e, UserError | torch.OutOfMemoryError) or getattr(e, "filename", None):  # it cannot be opened
+        if isinstance(e, UserError) or is_out_of_memory(e):
             raise
-        raise UserError(f"{path} is corrupt, or not a checkpoint of train.py: {advice}") from e
+        raise UserError(f"{path} is corrupt, or not of this train.py ({first_line(e)}): restore it from a copy") from e
 
 
 def plot_curves(path, title, log):
     """Loss and accuracy over the epochs, a PNG."""
+    from matplotlib.figure import Figure  # takes half a second, and is not needed before
+
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, colour in (

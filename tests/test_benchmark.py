@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("no folder nowhere", "--json=nowhere/costs.json"),
         ("folder", "step", "--pe", "none", "--json=folder"),
         ("--device nowhere cannot be used", "--device=nowhere"),
-        ("take cpu or cuda", "--device=meta"),
+        ("--device meta cannot be used", "--device=meta"),
         ("head_dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
         ("multiple of 4 for peers, not 18", "peers", "--pe", "axial", "--head-dim=18"),
         ("none ape has no part in alone", "alone", "--pe", "none", "ape"),

@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from lab import evaluate, experiments, figures
 from lab.figures import OF_ENCODINGS, OF_RUNS, channel_groups, encodings, equivariance_error, frequencies, grid, walk
-from lab.files import write_json
+from lab.files import read_json, write_json
 from vit import ENCODINGS
 
 P = torch.tensor([1.5, 0.8], dtype=torch.float64)
@@ -157,7 +157,8 @@ def test_runs_are_drawn_as_recorded():
     for run, (speed, shift, sizes) in zip(runs, recorded, strict=True):
         accuracies = {"test": {"test": 80}, "size": {"24": 20} | sizes, "shift": {"2": shift}}
         write_json(Path(run, "evaluation.json"), accuracies)
-        write_json(Path(run, "result.json"), {"images_per_second": speed, "test_accuracy": shift, "device": "cpu"})
+        result = {"images_per_second": speed, "test_accuracy": shift, "device": "cpu"}
+        write_json(Path(run, "result.json"), read_json(Path(run, "result.json")) | result)
     read = figures.read_runs(map(Path, runs))
 
     def line(figure, name="mixed"):

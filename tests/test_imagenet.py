@@ -301,14 +301,13 @@ CORRUPT = {
     "altered.png": PNG[:60] + b"\0\0\0\0" + PNG[64:],
     "tiff.jpg": TIFF,
     "too large for memory.bmp": BMP[:18] + 2 * (20_000).to_bytes(4, "little") + BMP[26:],
-    "folder.jpg": None,
 }
 
 
 def corrupt(root, part, name):
     """Put such a file among the images of train or val."""
     path = root / part / "ant" / name
-    path.mkdir() if CORRUPT[name] is None else path.write_bytes(CORRUPT[name])
+    path.write_bytes(CORRUPT[name])
     return path
 
 

@@ -178,7 +178,7 @@ def test_ctrl_c_anywhere_saves_and_resumes_to_the_same_bits(name, call, step, ca
 
 
 def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(capsys):
-    with before(Bearing, "train_batch", ctrl_c, call=6), before(Bearing, "train_batch", ctrl_c, call=6):
+    with before(Bearing, "train_batch", ctrl_c, call=3), before(Bearing, "train_batch", ctrl_c, call=3):
         assert run("--out=a") == 130
     assert capsys.readouterr().err == "Stopped at once.\n"
     assert not Path("a/last.pt").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -200,7 +200,7 @@ def test_sigkill_in_the_midst_of_saving_keeps_the_checkpoint_before():
     def kill(*flags):
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         killed = subprocess.run([sys.executable, "-c", code, *TINY, *flags], env=env, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL and weights("cut")["step"] == 6, killed.stderr
+        assert killed.returncode == -signal.SIGKILL and weights("cut")["step"] == 5, killed.stderr
 
     assert_resumes_to_the_same_end(stop=kill)
 
@@ -263,7 +263,7 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--lr nan", "--lr: must be a number above 0, not nan"),
         ("--weight-decay -1", "from 0 up"),
         ("--dropout 1", "--dropout: must be a number from 0 up to 0.9"),
-        ("--seed " + "9" * 400, "--seed: must be an integer from 0 up"),
+        ("--seed " + "9" * 400, "--seed: is too large: 9"),
         ("--fraction 1.5", "above 0 to 1"),
         ("--fraction 0.5", "leave --fraction out"),
         ("--augment mix", "leave --augment out"),
@@ -295,7 +295,7 @@ def test_on_a_cpu_a_large_data_set_wants_a_gpu_or_suggests_bearing(dataset, why,
     assert run(f"--dataset={dataset}") == 2
     out, err = capsys.readouterr()
     assert "GPU" in out and "--dataset bearing" in out and out.count("\n") == 1
-    assert why in err and err.count("\n") == 1 and not os.listdir()
+    assert why in err and err.count("\n") == 1 and not [path for path in Path().rglob("*") if path.is_file()]
 
 
 def test_a_full_gpu_gets_advice_and_a_bug_its_traceback(capsys, monkeypatch):
@@ -339,8 +339,7 @@ def test_a_corrupt_or_hostile_checkpoint_is_refused_and_runs_no_code(capsys):
         assert not Path("harm").exists()
     path.unlink()
     path.mkdir()
-    line = bad(capsys, "--out=a", "--resume")
-    assert "Is a directory" in line and "corrupt" not in line
+    assert "there is no a/last.pt" in bad(capsys, "--out=a", "--resume")
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
