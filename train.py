@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lab import runs
+from lab import cli, runs
 from lab.augment import jitter_positions
 from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, parse_options, usable_device
 from lab.data import AUGMENT
@@ -254,18 +254,18 @@ def main(argv=None):
                 if epoch + 1 in (1, args.epochs):
                     save()
         except Stopped as e:  # all ranks, between two steps
-            save()
+            if state["step"] or not cli.is_out_of_memory(e.__cause__):
+                save()
             cleanup()
             if isinstance(e.__cause__, UserError | OSError):  # an image that cannot be read
-                raise UserError(f"{e.__cause__}; then continue with --resume") from e
+                raise UserError(f"{e.__cause__}{runs.then_resume(args.out)}") from e
             if e.__cause__:
                 raise e.__cause__ from None
             if RANK == 0:
                 print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)
         except OSError as e:  # a full disk, most likely
-            then = ", then continue with --resume" if (args.out / "last.pt").exists() else ""
-            raise UserError(f"{e}: fix that{then}") from e
+            raise UserError(f"{e}: fix that{runs.then_resume(args.out)}") from e
 
     # The result
     result = {name: getattr(args, name) for name in ("pe", "dataset", "seed", "epochs")} | {

@@ -19,14 +19,15 @@ import csv
 import math
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import time
 from pathlib import Path
 
 from lab.cli import Parser, UserError, number, one_line_errors
+from lab.distributed import on_signals
 from lab.files import read_json, replacing, write_csv
+from lab.runs import NUMBER, read_evaluation, read_result, reading, require
 from vit import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,7 @@ SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and ev
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),
 }
+TEXT = "pe", "pe-options", "dataset", "pool", "opt", "augment", "compile", "device", "torch", "commit", "command"
 SAME = {"figure3": "table2"}  # the same runs, tested at other sizes
 
 
@@ -84,8 +86,9 @@ def main(argv=None):
     deadline = time.monotonic() + 60 * args.minutes
     code = 0
     try:
-        for name in args.sets:
-            run_set(SAME.get(name, name), deadline)
+        with on_signals(interrupt):
+            for name in args.sets:
+                run_set(SAME.get(name, name), deadline)
     except Stopped as e:
         print(e, file=sys.stderr)
         code = e.code
@@ -116,11 +119,11 @@ def run_set(name, deadline):
         train = ["train.py", *as_flags(flags)]
         resume = ["--resume"] if (out / "last.pt").exists() else []
         call([*train, f"--out={out}", *resume], deadline)
-        result = read_json(out / "result.json")
+        result = read_result(out)
         row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
         if evaluation:
             call(["lab/evaluate.py", str(out), *evaluation.split()], deadline)
-            found = read_json(out / "evaluation.json")
+            found = read_evaluation(out)
             row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
         row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
         row |= {key: result[key] for key in ("device", "torch", "commit")}
@@ -132,18 +135,23 @@ def as_flags(flags):
     return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in flags.items()]
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+
 def call(script, deadline):
-    """Run one of our scripts to its end; at the deadline, or by Ctrl-C, it is asked to save and stop."""
-    process = subprocess.Popen([sys.executable, ROOT / script[0], *script[1:]])
+    """Run one of our scripts to its end; at the deadline, or by a signal, it is asked to save and stop."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script[0], *script[1:]], process_group=0
+    )  # gets signals from here
     try:
         process.wait(None if deadline == math.inf else max(0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
+        process.terminate()
         process.wait()
+        if isinstance(e, KeyboardInterrupt):
+            raise Stopped("Stopped. The same command goes on.", 128 + e.args[0]) from None
         raise Stopped("The time is over. The same command goes on.") from None
-    except KeyboardInterrupt:  # the script has got it too
-        process.wait()
-        raise Stopped("Stopped. The same command goes on.", 130) from None
     if process.returncode:
         raise Stopped(f"error: {shlex.join(script)} failed", process.returncode)
 
@@ -153,10 +161,13 @@ def read(name):
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
-    with open(path, newline="", errors="replace") as f:
+    with reading(path), open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    if not all(row.get("pe") and row.get("accuracy") and row.get("command") for row in rows):
-        raise UserError(f"{path} is corrupt: restore it, or delete it and have its runs made anew")
+        for row in rows:
+            require(row, {"pe": str, "accuracy": str, "command": str})
+            numbers = [float(cell) for column, cell in row.items() if column not in TEXT and cell]
+            if not row["accuracy"] or not all(map(math.isfinite, numbers)):
+                raise ValueError("not a number")
     return rows
 
 
@@ -233,7 +244,10 @@ def cost(file, what, **sizes):
     """A ratio that lab.benchmark wrote into lab/results/<file>.json, with its quartiles if it is of times."""
 
     def cell(pe):
-        for row in read_json(RESULTS / f"{file}.json").get("rows", []):
+        path = RESULTS / f"{file}.json"
+        with reading(path):
+            rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "ratio": NUMBER}])
+        for row in rows:
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"

@@ -50,6 +50,7 @@ UPRIGHT = {  # what mends an orientation
     8: Transpose.ROTATE_90,
 }
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of odd EXIF data, which is read as far as it goes
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: they also wait for disks
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large images; Pillow refuses huge ones
 
 
@@ -153,21 +154,24 @@ class ImageNet(Dataset):
 
 def received(loader, device, damaged):
     """What workers read -> images (B, 3, S, S) uint8 and labels (B,), on the device. Paths are added to damaged."""
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, also amid an update
+    while (batch := next_batch(batches)) is not None:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        images, labels, unreadable = batch
+        damaged.update(unreadable)
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        yield images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def next_batch(batches):
+    """What a worker has read, None at the end; a UserError where it was killed, in whatever way that shows."""
     try:
-        batches = iter(loader)
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, also amid an update
-        for batch in batches:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            images, labels, unreadable = batch
-            damaged.update(unreadable)
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
-            yield images.permute(0, 3, 1, 2).contiguous(), labels
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        raise UserError(f"{first_line(e)} Memory may be short: try fewer --workers") from e
+        return next(batches, None)
+    except (RuntimeError, EOFError, OSError) as e:
+        raise UserError(f"a worker ended ({first_line(e)}): memory may be short, try fewer --workers") from e
 
 
 def set_signals(worker):

@@ -52,6 +52,11 @@ def check_folder(folder):
             raise UserError(f"{path} is not of a run: choose another folder with --out")
 
 
+def then_resume(folder):
+    """The end of a message, where there is something to resume."""
+    return ", then continue with --resume" if (folder / "last.pt").exists() else ""
+
+
 def write_config(folder, config):
     write_json(folder / "config.json", config)
     for name in "result.json", "evaluation.json":  # of a run whose checkpoint is gone
@@ -88,8 +93,10 @@ def load_checkpoint(folder, config, model, optimizer, state):
         )
     saved = read_checkpoint(folder, state["totals"].device)
     if changed := [name for name, value in config.items() if saved["config"].get(name) != value]:
-        flags = (f"--{k.replace('_', '-')} was {saved['config'].get(k)}, is {config[k]}" for k in changed)
-        raise UserError(f"{folder / 'last.pt'} is of another configuration: {', '.join(flags)}")
+        names = ("the data set" if name == "data_set" else f"--{name.replace('_', '-')}" for name in changed)
+        pairs = (f"was {saved['config'].get(name)}, is {config[name]}" for name in changed)
+        differ = ", ".join(map(" ".join, zip(names, pairs, strict=True)))
+        raise UserError(f"{folder / 'last.pt'} is of another configuration: {differ}")
     with reading(folder / "last.pt"):
         model.load_state_dict(saved["model"])
         groups = optimizer.state_dict()["param_groups"]  # this run's
@@ -151,7 +158,10 @@ def read_result(folder):
     """What result.json holds; {} if the run has not ended."""
     path = folder / "result.json"
     with reading(path):
-        return require(read_json(path), RESULT) if path.exists() else {}
+        result = require(read_json(path), RESULT) if path.exists() else {}
+        if result and not result["images_per_second"] > 0:
+            raise ValueError("no images per second")
+        return result
 
 
 def read_evaluation(folder):
@@ -161,7 +171,11 @@ def read_evaluation(folder):
         found = read_json(path)
         if found:
             require(found, {"test": {"test": NUMBER}} | {kind: dict.fromkeys(found[kind], NUMBER) for kind in found})
-            [float(x) for kind in ("size", "shift", "patch shift") for x in found.get(kind, {})]
+            [
+                kind(x)
+                for kind, name in ((int, "size"), (float, "shift"), (float, "patch shift"))
+                for x in found.get(name, {})
+            ]
         return found
 
 

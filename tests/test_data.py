@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -85,6 +86,18 @@ def test_an_archive_that_is_there_is_read_or_if_corrupt_left_alone(archive):
     assert len(CIFAR100(DATA, batch_size=10).load().images) == 50
 
 
+def test_two_runs_can_unpack_one_archive_at_once(archive):
+    DATA.mkdir(parents=True)
+    (DATA / ARCHIVE).write_bytes(archive())
+    workers = [multiprocessing.get_context("fork").Process(target=CIFAR100(DATA, batch_size=10).load) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert sorted(os.listdir(DATA)) == ["cifar-100-python", ARCHIVE.name]
+
+
 def test_an_archive_cannot_write_outside_its_folder(archive):
     ARCHIVE.write_bytes(archive("../../../evil", "meta"))
     CIFAR100(DATA, batch_size=10).load()
@@ -124,6 +137,12 @@ CORRUPT = {
     "no labels": pickled({b"data": SPLIT[b"data"]}),
     "too few labels": pickled(SPLIT | {b"fine_labels": [0] * 4}),
     "label 100": pickled(SPLIT | {b"fine_labels": [100] * 5}),
+    "label 1.7": pickled(SPLIT | {b"fine_labels": [1.7] * 5}),
+    "label '7'": pickled(SPLIT | {b"fine_labels": [b"7"] * 5}),
+    "label True": pickled(SPLIT | {b"fine_labels": [True] * 5}),
+    "labels an array": pickled(SPLIT | {b"fine_labels": np.zeros(5, np.int64)}),
+    "addresses for numpy to read": pickled(SPLIT | {b"fine_labels": np.full(5, 7)}).replace(b"i8", b"O8"),
+    "columns first": pickled(SPLIT | {b"data": np.asfortranarray(SPLIT[b"data"])}),
     "floats": pickled(SPLIT | {b"data": np.zeros((5, 3072), np.float32)}),
     "too few pixels": pickled(SPLIT | {b"data": np.zeros((5, 99), np.uint8)}),
 }

@@ -1,5 +1,7 @@
 """lab.evaluate moves, shuffles and resizes as it says, and keeps its results."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -140,6 +142,42 @@ def test_errors_get_one_line(capsys, monkeypatch):
     assert not Path("harm").exists()
     monkeypatch.setattr(evaluate, "WORLD_SIZE", 2)
     assert "start it with python, not with torchrun" in complaint(capsys, evaluate.main, "run")
+
+
+RESULT = {"device": "cpu", "torch": "2", "epochs": 1, "test_accuracy": 1, "train_seconds": 1, "images_per_second": 1}
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("evaluation", [1]),
+        ("evaluation", {"size": {"24": 1}}),
+        ("evaluation", {"test": {"test": "high"}}),
+        ("evaluation", {"test": {"test": math.nan}}),
+        ("evaluation", {"test": {"test": 1}, "size": {"small": 1}}),
+        ("evaluation", {"test": {"test": 1}, "shift": 1}),
+        ("result", {"test_accuracy": 1}),
+        ("result", RESULT | {"test_accuracy": None}),
+        ("result", RESULT | {"images_per_second": 0}),
+    ],
+)
+def test_every_script_names_a_corrupt_file_of_a_run(name, wrong, capsys):
+    trained("axial")
+    Path(f"run/{name}.json").write_text(json.dumps(wrong))
+    assert f"run/{name}.json is corrupt" in complaint(capsys, figures.main, "run", "--out=pictures")
+    if name == "evaluation":
+        assert "run/evaluation.json is corrupt" in complaint(capsys, evaluate.main, "run", "--shuffle")
+
+
+@pytest.mark.parametrize("part", ["config", "model", "optimizer", "vit", "data", "log", "step", "seconds", "totals"])
+def test_every_script_names_a_checkpoint_that_lacks_a_part(part, capsys):
+    trained("axial")
+    saved = weights("run")
+    del saved[part]
+    torch.save(saved, "run/last.pt")
+    for script in evaluate, figures, train:
+        flags = [*TINY, "--pe=axial", "--out=run", "--resume"] if script is train else ["run"]
+        assert "run/last.pt is corrupt" in complaint(capsys, script.main, *flags)
 
 
 def test_each_evaluation_is_of_the_images_that_it_names(given):

@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, as_flags, complaint
 
 import train
-from lab import evaluate, experiments
+from lab import distributed, evaluate, experiments
 from lab.cli import UserError
 from lab.environment import environment
 from lab.experiments import SAME, SETS, TABLES, append, read, table
@@ -33,13 +33,14 @@ def pretend(script, deadline):
     if script[0] == "train.py":
         args = train.parse_args(script[1:])
         args.out.mkdir(parents=True)
-        result = dict.fromkeys(("train_seconds", "images_per_second", "device", "torch", "commit"), 1)
+        result = {"train_seconds": 1, "images_per_second": 1, "device": "cpu", "torch": "2.13", "commit": None}
         result |= {"epochs": args.epochs, "test_accuracy": 100 * args.fraction if args.fraction < 1 else args.epochs}
         return write_json(args.out / "result.json", result)
     args = evaluate.parse_args(script[1:])
     sizes = [4 * round(8 * times) for times in evaluate.SIZES] if args.sizes == [] else args.sizes
     asked = {"size": sizes, "shift": args.shift, "patch shift": args.patch_shift}
     found = {kind: {f"{x:g}": x for x in numbers or []} for kind, numbers in asked.items()}
+    found |= {"test": {"test": 1}}
     found |= {"patches": {"shuffled": 1}} if args.shuffle else {}
     found |= {"region": {"everywhere": 1, "upper left": 1, "lower right": 1}} if args.regions else {}
     write_json(args.runs[0] / "evaluation.json", found)
@@ -80,20 +81,19 @@ def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
         assert ("no time for another run" in capsys.readouterr().err) == (len(done) < 3)
 
 
-@pytest.mark.parametrize("ctrl_c, why, code", [(False, "time is over", 0), (True, "Stopped", 130)])
-def test_deadline_and_ctrl_c_save_the_run(monkeypatch, ctrl_c, why, code):
+@pytest.mark.parametrize("number, why, code", [(0, "time is over", 0), (2, "Stopped", 130), (15, "Stopped", 143)])
+def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
     class Process(subprocess.Popen):
         def wait(self, timeout=None):
             while timeout is not None and self.poll() is None and not Path("run/log.csv").exists():
                 time.sleep(0.05)
-            if timeout is not None and ctrl_c:
-                self.send_signal(signal.SIGINT)  # as the terminal does
-                raise KeyboardInterrupt
+            if timeout is not None and number:
+                signal.raise_signal(number)
             return super().wait(timeout and 0)
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     flags = as_flags(SMALL | {"epochs": 10**6, "batch-size": 512, "patch-size": 16, "out": "run"})
-    with pytest.raises(experiments.Stopped, match=why) as stopped:
+    with distributed.on_signals(experiments.interrupt), pytest.raises(experiments.Stopped, match=why) as stopped:
         experiments.call(["train.py", *flags], time.monotonic() + 60)
     assert stopped.value.code == code and Path("run/last.pt").exists() and not Path("run/result.json").exists()
 
@@ -165,3 +165,7 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
         with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> behind it"):
             experiments.report(path)
         assert path.read_text() == text
+    path.unlink()
+    Path("bearing.csv").write_text("pe,accuracy,command\naxial,high,python\n")
+    with pytest.raises(UserError, match=r"bearing.csv is corrupt.* 'high'"):
+        read("bearing")

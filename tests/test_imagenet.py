@@ -5,10 +5,13 @@ import itertools
 import math
 import os
 import pickle
+import signal
 from collections import Counter
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from shutil import rmtree
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -113,10 +116,49 @@ def test_classes_can_be_limited_to_the_first(root):
     assert sorted(label for _, labels in data.test_batches() for label in labels.tolist()) == [0, 0, 1]
 
 
+def test_hidden_folders_and_what_is_no_file_are_left_out(root, capsys):
+    expected = batches(make(root), [0])
+    capsys.readouterr()
+    for folder in ".ipynb_checkpoints", "ant/deeper.jpg", "ant/.hidden":
+        (root / "train" / folder).mkdir()
+    os.mkfifo(root / "train/ant/pipe.jpg")
+    (root / "val/ant/b.tif").write_bytes(b"")
+    data = make(root)
+    assert same(batches(data, [0]), expected) and data.num_classes == 3
+    assert capsys.readouterr().out.startswith("9 files and folders among the images are left out: ")  # 6 are notes
+    make(root, rank=1, world_size=2)
+    assert not capsys.readouterr().out
+
+
+def test_a_changed_folder_is_noticed(root):
+    contents = make(root).contents
+    assert contents.startswith("16 + 7 images of 3 classes")
+    (root / FILES[0]).rename(root / "train/ant/another.png")
+    renamed = make(root).contents
+    (root / FILES[-2]).unlink()
+    assert len({contents, renamed, make(root).contents}) == 3
+
+
+def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):
+    monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: Mock(free=64 << 20))
+    message = error(make(root, img_size=512, workers=2).train_batch, 0)
+    assert "64 MB" in message and "need 300" in message and "--workers" in message and "--shm-size" in message
+    make(root, workers=2).train_batch(0)
+
+
+def test_a_killed_worker_is_an_error_of_one_line(root):
+    others, data = set(active_children()), make(root, workers=1)
+    data.train_batch(0)
+    (worker,) = set(active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    assert "try fewer --workers" in error(batches, data, range(1, 9))
+
+
 def test_the_order_of_files_is_not_the_file_systems(root, monkeypatch):
-    listdir, expected = os.listdir, batches(make(root), [0])
-    for order in 1, -1:
-        monkeypatch.setattr(os, "listdir", lambda path, order=order: sorted(listdir(path))[::order])
+    scandir, expected = os.scandir, batches(make(root), [0])
+    for reverse in False, True:
+        by_name = partial(sorted, key=lambda entry: entry.name, reverse=reverse)
+        monkeypatch.setattr(os, "scandir", lambda path, by_name=by_name: by_name(scandir(path)))
         assert same(batches(make(root), [0]), expected)
 
 
@@ -309,6 +351,25 @@ def corrupt(root, part, name):
     path = root / part / "ant" / name
     path.write_bytes(CORRUPT[name])
     return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_broken_exif_data_leaves_the_picture_upright(tmp_path, suffix):
+    whole, broken = tmp_path / f"whole{suffix}", tmp_path / f"broken{suffix}"
+    smooth(40, 30).save(whole, lossless=True)
+    smooth(40, 30).save(broken, lossless=True, exif=b"Exif\0\0no TIFF header")
+    with pytest.raises(Exception), Image.open(broken) as image:  # noqa: B017
+        image.load()
+        image.getexif()
+    assert difference(load(broken, 16), load(whole, 16)).max() == 0
+
+
+def test_a_bmp_whose_alpha_is_0_everywhere_is_opaque(tmp_path):
+    image = smooth(40, 30)
+    image.save(tmp_path / "opaque.bmp")
+    image.putalpha(0)
+    image.save(tmp_path / "transparent.bmp")
+    assert difference(load(tmp_path / "transparent.bmp", 16), load(tmp_path / "opaque.bmp", 16)).max() == 0
 
 
 def error(function, *args):

@@ -184,6 +184,25 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(capsys):
     assert not Path("a/last.pt").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_of_schedulers_and_terminals_stop_a_run_as_ctrl_c_does(number, capsys, monkeypatch):
+    raised = before(F, "cross_entropy", lambda *_: signal.raise_signal(number), call=2)
+    with raised:
+        assert run("--out=a") == 128 + number
+    assert "Stopped after step 2. To continue: python " in capsys.readouterr().err and weights("a")["step"] == 2
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with before(F, "cross_entropy", lambda *_: signal.raise_signal(signal.SIGHUP), call=2):
+        assert run("--out=b") == 0
+    assert signal.signal(signal.SIGHUP, previous) == signal.SIG_IGN
+
+
+def test_the_first_epoch_is_saved():
+    saved = []
+    with before(F, "cross_entropy", lambda *_: saved.append(weights("a")["step"]), call=5):
+        assert run("--out=a") == 0
+    assert saved == [4]
+
+
 def test_sigkill_in_the_midst_of_saving_keeps_the_checkpoint_before():
     code = """if True:
         import itertools, os, pathlib, signal, sys, train
@@ -243,7 +262,7 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
 
     with before(Bearing, "train_batch", fail, call=3):
         if isinstance(error, OSError):
-            assert "too many open files; then continue with --resume" in bad(capsys, "--out=a")
+            assert "too many open files, then continue with --resume" in bad(capsys, "--out=a")
         else:
             with pytest.raises(RuntimeError, match="a bug"):
                 run("--out=a")
@@ -279,6 +298,12 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--pe axial --pe-options learned=1", "learned must be like False, not '1'"),
         ("--pe liere --pe-options block_size=13", "block_size must be from 2 to head_dim = 12, got 13"),
         ("--device gpu", "--device gpu cannot be used"),
+        ("--device meta", "--device meta cannot be used"),
+        ("--epochs 1" + "0" * 300, "--epochs: is too large"),
+        ("--opt lamb --lr 1e39", "--lr: is too large: 1e39"),
+        ("--layer-scale 1e39", "--layer-scale: is too large"),
+        ("--batch-size 1000000000000000", "memory is full: try a smaller --batch-size"),
+        ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
         ("--out /dev/null/run", "choose another folder with --out"),
@@ -286,7 +311,49 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
 )
 def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
     assert says in bad(capsys, *flags.split())
-    assert not os.listdir()
+    assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"config.json"}
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "abc"}, {"WORLD_SIZE": "2"}, {"RANK": "1"}])
+def test_an_environment_that_is_not_torchruns_gets_one_line(wrong):
+    done = subprocess.run([sys.executable, ROOT / "train.py"], env=os.environ | wrong, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: RANK and WORLD_SIZE .* torchrun .*\n", done.stderr)
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output():
+    script = f"{sys.executable} {ROOT / 'train.py'} {' '.join(TINY)}"
+    code = f"import train; from lab.data import Bearing; Bearing.train_size = 64; train.main({TINY} + ['--out=a'])"
+    for name, redirect in ("pipe", "| head -1"), ("closed", ">&- 2>&-"), ("both", "2>&1 | head -c 1"):
+        script = f'set -o pipefail; {sys.executable} -c "{code.replace("--out=a", f"--out={name}")}" {redirect}'
+        done = subprocess.run(["bash", "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+        assert done.returncode == 0 and read_json(Path(name, "result.json")), done.stderr
+
+
+def test_a_terminal_that_knows_only_ascii_is_enough():
+    command = [sys.executable, ROOT / "train.py", *TINY, "--epochs=1", "--out=köln"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"to k?ln/" in done.stdout
+
+
+def test_two_runs_cannot_share_a_folder_and_a_killed_one_does_not_block_it(capsys):
+    code = "import lab.files, pathlib\nwith lab.files.locked(pathlib.Path('a')): print('locked', flush=True), input()"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert "another run writes to a: choose another folder with --out" in bad(capsys, "--out=a")
+        other.kill()
+    assert run("--out=a") == 0 and not Path("a/.lock").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_folder_of_something_else_is_left_as_it_is(name, capsys):
+    path = Path("a", name)
+    path.parent.mkdir()
+    path.write_text('{"model": "mine"}')
+    assert f"{path} is not of a run: choose another folder with --out" in bad(capsys, "--out=a")
+    assert os.listdir("a") == [name] and path.read_text() == '{"model": "mine"}'
 
 
 @pytest.mark.parametrize("dataset, why", [("cifar100", "cannot download"), ("imagenet", "data/train is not there")])
@@ -340,6 +407,75 @@ def test_a_corrupt_or_hostile_checkpoint_is_refused_and_runs_no_code(capsys):
     path.unlink()
     path.mkdir()
     assert "there is no a/last.pt" in bad(capsys, "--out=a", "--resume")
+
+
+def test_a_checkpoint_with_damage_inside_is_refused(capsys):
+    run("--out=a")
+    whole, place = Path("a/last.pt").read_bytes(), weights("a")["model"]["head.weight"].numpy().tobytes()
+    Path("a/last.pt").write_bytes(whole.replace(place, bytes(len(place))))
+    assert "a/last.pt is corrupt" in bad(capsys, "--out=a", "--resume")
+
+
+def test_moments_are_copied_into_memory_that_an_optimizer_can_write_to(capsys):
+    interrupted("--out=a")
+    saved, place = weights("a"), Path("a/last.pt")
+    moments = saved["optimizer"]["state"][0]
+    for name, wrong in (
+        ("exp_avg", torch.zeros(1)),
+        ("exp_avg_sq", moments["exp_avg_sq"][None]),
+        ("step", torch.zeros(3)),
+    ):
+        right, moments[name] = moments[name], wrong
+        torch.save(saved, place)
+        assert "a/last.pt is corrupt" in bad(capsys, "--out=a", "--resume")
+        moments[name] = right
+    moments["exp_avg"] = torch.zeros(()).expand_as(moments["exp_avg"])  # all of it in one place
+    torch.save(saved, place)
+    assert run("--out=a", "--resume") == 0 and weights("a")["optimizer"]["state"][0]["exp_avg"].unique().numel() > 1
+
+
+def test_only_a_checkpoint_that_was_read_whole_is_called_corrupt(capsys):
+    make_imagenet("in")
+    interrupted(*FOLDERS, "--out=a", call=2)
+    for what in "train", "val":
+        for path in Path("in", what, "c").iterdir():
+            path.unlink()
+        Path("in", what, "c").rmdir()
+    resume = *FOLDERS, "--out=a", "--resume"
+    assert re.search("data set was 24 .* of 3 classes .*, is 16 .* of 2 classes", bad(capsys, *resume))
+    assert "was trained on 24" in complaint(capsys, evaluate.main, "a", "--data-dir=in")
+    for error, says in (MemoryError(), "memory is full"), (OSError(5, "Input/output error"), "Input/output error"):
+        with before(Path, "read_bytes", Mock(side_effect=error)):
+            assert says in bad(capsys, *resume)
+
+
+def test_a_finished_run_gets_the_curves_that_a_full_disk_had_no_room_for():
+    run("--out=a")
+    for name in "curves.png", "result.json":
+        Path("a", name).unlink()
+    assert run("--out=a", "--resume") == 0 and {"curves.png", "result.json"} < {*os.listdir("a")}
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(capsys):
+    assert run("--out=a", "--lr=1e38", "--epochs=1", "--batch-size=64") == 1  # in the last step
+    assert "weights became NaN or infinite" in capsys.readouterr().err and {*os.listdir("a")} == {
+        "config.json",
+        "log.csv",
+    }
+    run("--out=b")
+    saved = weights("b")
+    saved["model"]["head.bias"][0] = math.inf
+    torch.save(saved, "b/last.pt")
+    assert "b/last.pt holds weights that are not finite" in complaint(capsys, evaluate.main, "b")
+
+
+def test_there_is_no_result_without_a_tested_image(capsys):
+    make_imagenet("in")
+    assert run(*FOLDERS, "--out=a", "--epochs=1") == 0
+    for path in Path("in/val").rglob("*.jpeg"):
+        path.write_bytes(b"no image")
+    assert "no test image in in could be read" in bad(capsys, *FOLDERS, "--out=b", "--skip-damaged")
+    assert not Path("b/result.json").exists()
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
