@@ -16,6 +16,7 @@ if not __package__:  # started as python lab/experiments.py
     sys.path[0] += "/.."
 
 import csv
+import itertools
 import math
 import re
 import shlex
@@ -23,6 +24,8 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
+
+import numpy as np
 
 from lab.cli import Parser, UserError, number, one_line_errors
 from lab.distributed import on_signals
@@ -227,17 +230,44 @@ PUBLISHED = {  # van de Geijn et al. 2025: the title of a column and what stands
 }
 
 
+def values(name, column="accuracy", **flags):
+    """A column of lab/results/<name>.csv, of the rows that these flags made."""
+    return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
+
+
+def mean_and_interval(numbers):
+    """The mean and its 95 % interval, by bootstrap over the seeds; None of nothing."""
+    if not numbers:
+        return None
+    low, high = interval(numbers)
+    return f"{statistics.mean(numbers):.1f}" + (f" ({low:.1f} to {high:.1f})" if len(numbers) > 1 else "")
+
+
+def interval(numbers):
+    """The 95 % interval of the mean: 2.5 % of the means of samples drawn from the numbers are below, 2.5 % above."""
+    draws = np.random.default_rng(0).choice(numbers, size=(10_000, len(numbers)))
+    return np.percentile(draws.mean(axis=1), [2.5, 97.5])
+
+
+def permutation_test(a, b):
+    """How likely is it by chance that the means of two groups differ as much as those of a and b: two-sided p.
+
+    Of all ways to divide the numbers into groups of these sizes, or of 100,000 at random if there are more.
+    """
+    numbers, n = np.array([*a, *b]), len(a)
+    if math.comb(len(numbers), n) <= 100_000:
+        groups = np.array(list(itertools.combinations(range(len(numbers)), n)))
+    else:
+        groups = np.random.default_rng(0).random((100_000, len(numbers))).argsort(axis=1)[:, :n]
+        groups[0] = range(n)  # the one at hand is one of them
+    of_group = numbers[groups].sum(axis=1)
+    differences = np.abs(of_group / n - (numbers.sum() - of_group) / (len(numbers) - n))
+    return float(np.mean(differences >= differences[0] - 1e-9))
+
+
 def measured(name, column="accuracy", **flags):
-    """What a table says of an encoding: mean ± standard deviation over seeds of a column of lab/results/<name>.csv."""
-
-    def cell(pe):
-        rows = [row for row in read(name) if matches(row, flags | {"pe": pe})]
-        values = [float(row[column]) for row in rows if row.get(column)]
-        if not values:
-            return None
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-    return cell
+    """What a table says of an encoding: the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
+    return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
 
 
 def cost(file, what, **sizes):
@@ -261,17 +291,25 @@ def seeds(name, **flags):
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
-def evaluated(name, *sizes):
-    """The columns of what evaluate.py has found."""
-    found = {f"{size} px": f"size {size}" for size in sizes} | {
-        "all shifted by 4": "shift 4",
-        "by 16": "shift 16",
-        "patches shifted by 1": "patch shift 1",
-        "by 4": "patch shift 4",
-        "shuffled": "patches shuffled",
-    }
+def sizes(name, *pixels):
+    """The columns of accuracies at other sizes, and with shuffled patches."""
+    found = {f"{size} px": f"size {size}" for size in pixels} | {"shuffled patches": "patches shuffled"}
     columns = [(title, measured(name, column)) for title, column in found.items()]
     return [("test", measured(name)), *columns, ("seeds", seeds(name))]
+
+
+def shifts(name):
+    """The columns of accuracies where positions are shifted, which only an encoding can notice."""
+    found = {"all by 4": "shift 4", "all by 16": "shift 16"}
+    found |= {"patches by 1": "patch shift 1", "patches by 4": "patch shift 4"}
+    return [(title, measured(name, column)) for title, column in found.items()]
+
+
+def corner(pool):
+    """The columns of bearing-corner, for one way to pool."""
+    found = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
+    columns = [(title, measured("bearing-corner", f"region {place}", pool=pool)) for title, place in found.items()]
+    return [*columns, ("seeds", seeds("bearing-corner", pool=pool))]
 
 
 TABLES = {  # name: its columns, each one a title and what was measured of an encoding, None or "" for nothing
@@ -285,7 +323,8 @@ TABLES = {  # name: its columns, each one a title and what was measured of an en
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
-    "cifar100-small": evaluated("cifar100-small", 24, 48, 64),
+    "cifar100-small": sizes("cifar100-small", 24, 48, 64),
+    "cifar100-small-shifts": shifts("cifar100-small"),
     "cost": [
         ("on a GPU", cost("benchmark-cuda", "training step")),
         ("on a CPU", cost("benchmark-cpu", "training step")),
@@ -297,57 +336,122 @@ TABLES = {  # name: its columns, each one a title and what was measured of an en
         ),
         ("its memory, of q and k", cost("benchmark-cpu", "encoding, memory")),
     ],
-    "peers": [
-        (f"{mode}, of {base}", cost("peers-cpu", f"forward and backward, {mode}", base=base))
-        for base in ("complex numbers", "timm", "rotary-embedding-torch", "torch.matrix_exp")
-        for mode in ("eager", "compiled")
-    ],
     "table7": [
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
         ("seeds", seeds("table7", fraction=0.2)),
     ],
-    "bearing": evaluated("bearing", 48, 64),
-    "bearing-corner": [
-        ("class token: where learned", measured("bearing-corner", "region upper left", pool="cls")),
-        ("opposite", measured("bearing-corner", "region lower right", pool="cls")),
-        ("everywhere", measured("bearing-corner", "region everywhere", pool="cls")),
-        ("seeds", seeds("bearing-corner", pool="cls")),
-        ("mean: where learned", measured("bearing-corner", "region upper left", pool="mean")),
-        ("opposite", measured("bearing-corner", "region lower right", pool="mean")),
-        ("everywhere", measured("bearing-corner", "region everywhere", pool="mean")),
-        ("seeds", seeds("bearing-corner", pool="mean")),
+    "bearing": sizes("bearing", 24, 48, 64),
+    "bearing-shifts": shifts("bearing"),
+    "corner-mean": corner("mean"),
+    "corner-cls": corner("cls"),
+    "summary": [
+        ("`bearing`", measured("bearing")),
+        ("all positions shifted by 16 patches", measured("bearing", "shift 16")),
+        ("in the opposite corner", measured("bearing-corner", "region lower right", pool="mean")),
+        ("cost of a training step", cost("benchmark-cpu", "training step")),
     ],
 }
 
 
-def report(path=ROOT / "README.md"):
-    """Write the tables into the README, each between its marks."""
-    text = path.read_text()
-    for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        _, found, after = rest.partition(end)
-        if not found or name not in TABLES:
-            names = ", ".join(TABLES)
-            raise UserError(f"{path} has {start.strip()} without {end} behind it, or its name is not one of {names}")
-        text = before + start + table(name) + end + after
-    with replacing(path) as tmp:
-        tmp.write_text(text)
+def peers():
+    """Rows of our encodings beside other implementations."""
+    path = RESULTS / "peers-cpu.json"
+    with reading(path):
+        rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "base": str, "ratio": NUMBER}])
+    found = {}
+    for row in rows:
+        found.setdefault((row["pe"], row["base"]), {})[row["what"]] = f"{row['ratio']:.2f}"
+    titles = list(dict.fromkeys(row["what"] for row in rows))
+    lines = [[f"`{pe}`", base, *map(times.get, titles)] for (pe, base), times in found.items()]
+    return [["`--pe`", "beside", *titles], *lines] if lines else []
+
+
+def frequencies():
+    """Rows of encodings with one frequency or a range of them: accuracy in the opposite corner."""
+    lines = []
+    for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
+        flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
+        found = [values("bearing-frequencies", f"region {place}", **flags) for place in ("upper left", "lower right")]
+        if found[0]:
+            lines.append(
+                [f"`{pe}`", frequency_range(pe, theta, scale), *map(mean_and_interval, found), str(len(found[0]))]
+            )
+    return [["`--pe`", "frequencies", "where it learned", "opposite corner", "seeds"], *lines] if lines else []
+
+
+def frequency_range(pe, theta, scale):
+    """The lowest and the highest frequency of an encoding on bearing, in words."""
+    w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
+    return f"{w[0]:g}" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"
+
+
+def corner_test():
+    """Rows of the claim that equivariant encodings do better in the opposite corner."""
+    lines = []
+    for pool in "mean", "cls":
+        found = {pe: values("bearing-corner", "region lower right", pe=pe, pool=pool) for pe in ENCODINGS}
+        found = {pe: numbers for pe, numbers in found.items() if numbers and ENCODINGS[pe]}
+        kinds = [[numbers for pe, numbers in found.items() if is_equivariant(pe) == kind] for kind in (True, False)]
+        if all(kinds):
+            means = [[statistics.mean(numbers) for numbers in kind] for kind in kinds]
+            runs = [list(itertools.chain(*kind)) for kind in kinds]
+            lines.append(
+                [
+                    pool,
+                    *(f"{statistics.mean(kind):.1f} ({min(kind):.1f} to {max(kind):.1f})" for kind in means),
+                    f"{permutation_test(*means):.3f} ({len(found)} encodings)",
+                    f"{permutation_test(*runs):.5f} ({sum(map(len, runs))} runs)",
+                ]
+            )
+    title = ["`--pool`", "equivariant", "not equivariant", "p, over encodings", "p, over runs"]
+    return [title, *lines] if lines else []
+
+
+def is_equivariant(pe):
+    """What the encoding's file promises, and tests/test_equivariance.py proves."""
+    make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
+    return "not equivariant" not in sys.modules[make.__module__].__doc__
+
+
+OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corner_test}
+
+
+def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
+    """Write the tables into the pages, each between its marks."""
+    for path in paths:
+        text = path.read_text()
+        for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
+            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            before, _, rest = text.partition(start)
+            _, found, after = rest.partition(end)
+            if not found or name not in TABLES | OTHER_TABLES:
+                names = ", ".join(TABLES | OTHER_TABLES)
+                raise UserError(f"{path} has {start.strip()} without {end} behind it, or its name is not in {names}")
+            text = before + start + table(name) + end + after
+        with replacing(path) as tmp:
+            tmp.write_text(text)
 
 
 def table(name):
-    """The table in Markdown: rows and columns for what was measured, nothing where nothing was."""
+    """The table in Markdown; nothing where nothing was measured."""
+    lines = OTHER_TABLES[name]() if name in OTHER_TABLES else of_encodings(name)
+    return "".join(
+        f"| {' | '.join(line)} |\n" for line in [*lines[:1], *[["---"] * len(line) for line in lines[:1]], *lines[1:]]
+    )
+
+
+def of_encodings(name):
+    """A row for each encoding and a column for each title of which something was measured."""
     found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
-    found = {pe: cells for pe, cells in found.items() if any(cells)}
+    found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
     if not found:
-        return ""
+        return []
     kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
     title, theirs = PUBLISHED.get(name, (None, {}))
     lines = [["`--pe`", *[title] * bool(title), *(TABLES[name][i][0] for i in kept)]]
-    lines.append(["---"] * len(lines[0]))
     for pe, cells in found.items():
         lines.append([f"`{pe}`", *[theirs.get(pe, "-")] * bool(title), *(cells[i] or "-" for i in kept)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Pictures: what the encodings do, and what came of training with them.
 
-    python -m lab.figures            # the encodings as they begin, and lab/results/bearing-corner.csv
+    python -m lab.figures            # the encodings as they begin, and lab/results/bearing-*.csv
     python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
-The first command writes attention, order, frequencies, equivariance and bearing-corner, the second one curves,
-learned-frequencies, sizes, shifts and cost, as PNGs into lab/figures/. Sizes and shifts need what lab.evaluate has
-found. Of several seeds, lines show the mean, bands go from the lowest to the highest. Each picture is a function that
-returns a Figure, or None if there is nothing to show, after the paper's (van de Geijn et al. 2025, arXiv 2511.08368)
-where a figure is named.
+The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner and
+bearing-frequencies, the second one curves, learned-frequencies, sizes, shifts and cost, as PNGs into lab/figures/.
+Sizes and shifts need what lab.evaluate has found. Of several seeds, lines show the mean, bands go from the lowest to
+the highest. Each picture is a function that returns a Figure, or None if there is nothing to show, after the paper's
+(van de Geijn et al. 2025, arXiv 2511.08368) where a figure is named.
 """
 
 import sys
@@ -15,9 +15,11 @@ import sys
 if not __package__:  # started as python lab/figures.py
     sys.path[0] += "/.."
 
+import io
 import math
 import shlex
 from collections import defaultdict
+from inspect import isgenerator
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -28,6 +30,7 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from PIL import Image
 
 from comrope import ComRoPE
 from lab import experiments
@@ -65,14 +68,26 @@ def main(argv=None):
     runs = read_runs(args.runs)
     make_folder(args.out)
     for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
-        path = args.out / f"{name}.png"
         with matplotlib.rc_context(STYLE):
-            if figure := draw(runs) if runs else draw():
+            figure = draw(runs) if runs else draw()
+            path = args.out / f"{name}.{'gif' if isgenerator(figure) else 'png'}"
+            if figure:
                 with replacing(path) as tmp:
-                    figure.savefig(tmp, format="png")
+                    write_film(tmp, figure) if isgenerator(figure) else figure.savefig(tmp, format="png")
         print(path if figure else f"{path} is left out: there is nothing to show in it", flush=True)
     if lacking := [str(run.folder) for run in runs if not run.evaluation]:
         print(f"To have them in sizes and shifts, too: python -m lab.evaluate {shlex.join(lacking)}", file=sys.stderr)
+
+
+def write_film(path, figures):
+    """Figures as the frames of a GIF, in the first one's colours, which takes a third of the space."""
+    frames = []
+    for figure in figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        image = Image.open(buffer).convert("RGB")
+        frames.append(image.quantize(32, palette=frames[0] if frames else None, dither=Image.Dither.NONE))
+    frames[0].save(path, format="gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def titled(title, height, width=9):
@@ -304,8 +319,45 @@ def equivariance():
     return figure
 
 
+@torch.no_grad()
+def moving_query(frames=40):
+    """Yields a figure that changes: a query wanders over the image, beneath it its scores with equal keys everywhere.
+
+    One group of a head, and the whole head. Patterns of equivariant encodings move along, those of others change shape.
+    """
+    n, names = 45, ("axial", "mixed", "comrope-ld", "spherical", "liere, b = 8")
+    ropes = {name: rope for name, rope in encodings(24).items() if name in names}
+    R = {name: rope.rotation(grid(n, 1.5 * math.pi))[0] for name, rope in ropes.items()}  # (n * n, D, D), of keys
+    z = torch.randn(24, dtype=torch.float64)  # the query, and every key
+    figure = titled("Move the query: equivariant patterns move with it, the others change shape", 4.2)
+    rows, shown = figure.subplots(2, len(names)), {}
+    for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
+        for axes, group in zip(column, (tuple(channel_groups(rope)[0]), tuple(range(24))), strict=True):
+            image = axes.imshow(torch.zeros(n, n), SIGNED.resampled(9), vmin=-1, vmax=1, extent=(-1.5, 1.5, 1.5, -1.5))
+            axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
+            (dot,) = axes.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=6)
+            axes.set(xticks=[], yticks=[])
+            shown[name, group] = image, dot
+        column[0].set_title(f"{name}\n{'equivariant' if equivariant(rope) else 'not equivariant'}")
+    for axes, label in zip(rows[:, 0], ["a group", "the head"], strict=True):
+        axes.set_ylabel(label)
+    about = "the dot: the query; orange: where a key scores high, blue: low; dashed: as wide as a training image"
+    figure.supxlabel(about, fontsize=10)
+    for angle in torch.linspace(0, 2 * math.pi, frames + 1, dtype=torch.float64)[:-1]:
+        p = 0.75 * math.pi * torch.stack([angle.sin(), (2 * angle).sin()])
+        for (name, group), (image, dot) in shown.items():
+            products = (ropes[name].rotation(p[None])[0, 0] @ z) * (R[name] @ z)  # (n * n, D)
+            image.set_data((products[:, group].sum(dim=1) / z[list(group)].square().sum()).view(n, n))
+            dot.set_data(*(p / math.pi)[:, None])
+        yield figure
+        figure.set_layout_engine("none")  # the first frame's stays
+
+
 def bearing_corner():
-    """Accuracy in the corner that training did not show, a dot a run of lab/results/bearing-corner.csv."""
+    """Accuracy in the corner that training did not show, of lab/results/bearing-corner.csv.
+
+    A dot for each run, a stroke for their mean and a line for its 95 % interval.
+    """
     rows, ropes, kinds = experiments.read("bearing-corner"), encodings(24), {}
     if not rows:
         return None
@@ -321,13 +373,40 @@ def bearing_corner():
             runs = [row for row in rows if row["pe"] in pes and row["pool"] == pool]
             place = [pes.index(row["pe"]) + offset for row in runs]
             accuracy = [float(row["region lower right"]) for row in runs]
-            axes.plot(accuracy, place, "o", color=colour, alpha=0.7, clip_on=False, label=label)
+            axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
+            for y in set(place):
+                numbers = [x for x, at in zip(accuracy, place, strict=True) if at == y]
+                axes.plot(experiments.interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
+                axes.plot(mean(numbers), y, "|", color=colour, markersize=12, markeredgewidth=2)
         axes.axvline(12.5, color=GREY, linewidth=1, zorder=0)
         axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
         axes.tick_params(length=0)
     figure.align_ylabels(panels)
     panels[0].legend(title="the classifier reads", loc="upper right")
     panels[-1].set_xlabel("accuracy in the opposite corner (%); the line is chance")
+    return figure
+
+
+def bearing_frequencies():
+    """The same by an encoding's frequencies, of lab/results/bearing-frequencies.csv: one, or a range of them."""
+    rows = experiments.read("bearing-frequencies")
+    if not rows:
+        return None
+    ranges = [(f"theta={theta}", str(scale)) for theta, scale in experiments.RANGES]
+    figure = titled("Frequencies decide what axial carries over; spherical carries over little with any", 3.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
+        for place, (theta, scale) in enumerate(ranges):
+            of_range = [row for row in rows if (row["pe"], row["pe-options"], row["pos-scale"]) == (pe, theta, scale)]
+            numbers = [float(row["region lower right"]) for row in of_range]
+            axes.plot([place] * len(numbers), numbers, "o", color=colour, alpha=0.5, clip_on=False)
+            if numbers:
+                axes.plot(place, mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
+        axes.axhline(12.5, color=GREY, linewidth=1, zorder=0)
+        names = (experiments.frequency_range(pe, *option) for option in experiments.RANGES)
+        axes.set_xticks(range(len(ranges)), labels=[name.replace(" to ", "\nto ") for name in names])
+        axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position")
+    panels[0].set_ylabel("accuracy in the opposite corner (%)")
     return figure
 
 
@@ -448,7 +527,7 @@ def shifts(runs):
     every = "shift of all positions, in patches", shifted("shift")
     but_one = "of all but the class token's", shifted("patch shift")
     if panels := [(label, found) for label, found in (every, but_one) if found]:
-        figure, all_axes = lines("To an equivariant encoding a shift of all positions is nothing", *panels)
+        figure, all_axes = lines("Equivariant encodings ignore a shift of all positions", *panels)
         for axes, (_, found) in zip(all_axes, panels, strict=True):
             ticks = sorted(set().union(*found.values()))
             axes.set_xscale("symlog", base=2, linthresh=1)
@@ -500,9 +579,11 @@ def learned_frequencies(runs):
 OF_ENCODINGS = {
     "attention": attention,
     "order": order,
+    "moving-query": moving_query,
     "frequencies": all_frequencies,
     "equivariance": equivariance,
     "bearing-corner": bearing_corner,
+    "bearing-frequencies": bearing_frequencies,
 }
 OF_RUNS = {
     "curves": curves,

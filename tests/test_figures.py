@@ -22,6 +22,7 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch, tiny_bearing):
     monkeypatch.setitem(figures.STYLE, "savefig.dpi", 60)
+    monkeypatch.setitem(OF_ENCODINGS, "moving-query", partial(figures.moving_query, frames=2))
 
 
 GROUPS = [("axial", 24, {}, 2), ("mixed", 25, {}, 2), ("spherical", 26, {}, 3), ("liere", 24, {}, 24)]
@@ -102,9 +103,9 @@ def drawn(capsys, *flags):
     capsys.readouterr()
     assert figures.main([*flags]) == 0
     out, err = capsys.readouterr()
-    paths = {Path(line).stem: Path(line) for line in out.splitlines() if line.endswith(".png")}
+    paths = {Path(line).stem: Path(line) for line in out.splitlines() if line.endswith((".png", ".gif"))}
     for path in paths.values():
-        assert len(Image.open(path).convert("RGB").getcolors(maxcolors=2**24)) > 50, path
+        assert len(Image.open(path).convert("RGB").getcolors(maxcolors=2**24)) > 25, path
     return paths, out + err
 
 
@@ -129,9 +130,21 @@ def test_the_corner_has_a_dot_for_each_result(monkeypatch, tmp_path):
         experiments.append("bearing-corner", row | {"pe": pe, "pool": pool, "region lower right": x})
     for axes in figures.bearing_corner().axes:
         names = [text.get_text() for text in axes.get_yticklabels()]
-        for line in axes.lines[:2]:
+        for line in axes.lines:
+            if line.get_marker() != "o":
+                continue
             dots += [(axes.get_ylabel(), names[round(y)], line.get_label(), x) for x, y in line.get_xydata()]
     assert sorted(dots) == sorted((kinds[pe], pe, reads[pool], x) for pe, pool, x in results)
+
+
+def test_the_film_moves_the_query_and_the_patterns(monkeypatch):
+    frames = []
+    for figure in figures.moving_query(frames=3):
+        images = [axes.images[0].get_array().copy() for axes in figure.axes]
+        frames.append((figure.axes[0].lines[1].get_xydata().tolist(), images))
+    assert len(frames) == 3 and frames[0][0] == [[0, 0]] != frames[1][0]
+    for now, later in zip(frames[0][1], frames[1][1], strict=True):
+        assert now[22, 22] == pytest.approx(1) and abs(now - later).max() > 0.1  # a key where the query is scores 1
 
 
 def trained(pe, seed=0, *flags):

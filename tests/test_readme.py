@@ -1,28 +1,46 @@
-"""The README: its example and commands run, and the flags, tests, files and results that it names exist."""
+"""The README and its two other pages: examples and commands run, and flags, tests, files and results exist."""
 
 import importlib
 import json
 import re
 import shlex
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, as_flags
 
 import train
 from lab import benchmark, evaluate, experiments, figures
+from vit import ENCODINGS
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"(?:python|torchrun \S+) (train\.py|-m lab\.\w+)(?!.* (?:DIR|--help))([^`\n]*)", README)
+PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
+TEXT = "".join(PAGES.values())
+COMMANDS = re.findall(r"(?:python|torchrun \S+) (train\.py|-m lab\.\w+)(?!.* (?:DIR|--help|golden))([^`\n]*)", TEXT)
+EXAMPLE, TUTORIAL = re.findall(r"```python\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
 RESULTS = [*experiments.RESULTS.glob("*.csv"), *experiments.RESULTS.glob("*.json")]
 
 
 def test_the_example_turns_q_and_k():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(example, names := {})
+    exec(EXAMPLE, names := {})
     assert names["out"].shape == (8, 12, 197, 64) and names["R"].shape == (12, 197, 64, 64)
     assert torch.equal(names["R"][0, 0], torch.eye(64))
+
+
+def test_the_tutorials_encoding_is_what_it_says_and_trains(monkeypatch, tiny_bearing, float64):
+    Path("rope_golden.py").write_text(TUTORIAL)
+    monkeypatch.syspath_prepend(".")
+    golden = importlib.import_module("rope_golden")
+    monkeypatch.setitem(ENCODINGS, "golden", golden.GoldenRoPE)
+    rope, (p, q) = golden.GoldenRoPE(head_dim=9, num_heads=2), torch.randn(2, 50, 2)
+    torch.testing.assert_close(rope.rotation(p).mT @ rope.rotation(q), rope.rotation(q - p), rtol=0, atol=1e-12)
+    x, pos = torch.randn(3, 4, 50, 9), torch.randn(3, 50, 2)
+    turned = torch.einsum("bhtij,bhtj->bhti", rope.rotation(pos).repeat_interleave(2, dim=1), x)
+    torch.testing.assert_close(rope.rotate(x, pos), turned, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="pos"):
+        rope.rotate(x, pos[:, :1])
+    assert train.main(["--pe=golden", *as_flags(SMALL), "--out=run"]) == 0
 
 
 @pytest.mark.parametrize("script, flags", COMMANDS)
@@ -40,19 +58,22 @@ def test_every_flag_exists(capsys):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    assert set(re.findall(r"--[a-z][a-z-]+", README.replace("--nproc_per_node", ""))) <= flags
+    assert set(re.findall(r"--[a-z][a-z-]+", re.sub("--nproc_per_node|--shm-size", "", TEXT))) <= flags
 
 
 def test_every_test_and_every_file_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert set(re.findall(r"`(test_\w+)`", README)) <= set(re.findall(r"def (test_\w+)\(", tests))
-    assert [link for link in re.findall(r"\]\(((?!https?:|#)[^)#]+)", README) if not (ROOT / link).exists()] == []
+    assert set(re.findall(r"`(test_\w+)`", TEXT)) <= set(re.findall(r"def (test_\w+)\(", tests))
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\(((?!https?:|#)[^)#]+)", text)
+        assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_tables_show_the_results(tmp_path):
-    (tmp_path / "README.md").write_text(README)
-    experiments.report(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == README, "run: python -m lab.experiments --report"
+    for page, text in PAGES.items():
+        (tmp_path / "page.md").write_text(text)
+        experiments.report([tmp_path / "page.md"])
+        assert (tmp_path / "page.md").read_text() == text, f"{page}: run python -m lab.experiments --report"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
