@@ -346,7 +346,7 @@ TABLES = {  # name: its columns, each one a title and what was measured of an en
     "corner-cls": corner("cls"),
     "summary": [
         ("`bearing`", measured("bearing")),
-        ("all positions shifted by 16 patches", measured("bearing", "shift 16")),
+        ("all positions shifted, s.d. 16 patches", measured("bearing", "shift 16")),
         ("in the opposite corner", measured("bearing-corner", "region lower right", pool="mean")),
         ("cost of a training step", cost("benchmark-cpu", "training step")),
     ],

@@ -193,7 +193,7 @@ def frequencies(rope):
 def attention():
     """What a query in the centre sees: axial groups stripes along an axis, others waves in any direction (figure 1)."""
     n, ropes = 81, encodings(48)
-    figure = titled("Groups of axial and comrope-ap see along one axis, those of all others obliquely", 4.2)
+    figure = titled("Axial encodings and comrope-ap see along one axis per group, all others obliquely", 4.2)
     rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
