@@ -41,7 +41,7 @@ class ComRoPE(nn.Module):
         super().__init__()
         if kind not in ("ap", "ld"):
             raise ValueError(f"kind must be 'ap' or 'ld', got {kind!r}")
-        if not 2 <= block_size <= head_dim:
+        if block_size not in range(2, head_dim + 1):
             raise ValueError(f"block_size must be from 2 to head_dim = {head_dim}, got {block_size}")
         K, b = head_dim // block_size, block_size
         if kind == "ap" and pos_dim > K:

@@ -38,7 +38,7 @@ class LieRE(nn.Module):
     def __init__(self, head_dim, num_heads, *, block_size=None, pos_dim=2):
         super().__init__()
         b = head_dim if block_size is None else block_size
-        if not 2 <= b <= head_dim:
+        if b not in range(2, head_dim + 1):
             raise ValueError(f"block_size must be from 2 to head_dim = {head_dim}, got {b}")
         self.head_dim, self.num_heads, self.pos_dim, self.block_size = head_dim, num_heads, pos_dim, b
         self.generators = nn.Parameter(torch.rand(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # U, row by row

@@ -42,6 +42,8 @@ class AxialRoPE(nn.Module):
             raise ValueError(f"head_dim must be at least 2 * pos_dim = {2 * pos_dim}, got {head_dim}")
         if learned and uniform:
             raise ValueError("uniform frequencies are fixed: choose learned=True or uniform=True, not both")
+        if theta <= 0:
+            raise ValueError(f"theta must be above 0, got {theta}")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
         self.learned, self.uniform, self.theta = learned, uniform, 1.0 if uniform else theta
         if learned:

@@ -44,6 +44,8 @@ class MixedRoPE(nn.Module):
             raise ValueError(f"head_dim must be at least 2, got {head_dim}")
         if init not in ("heo", "uniform"):
             raise ValueError(f"init must be 'heo' or 'uniform', got {init!r}")
+        if theta <= 0:
+            raise ValueError(f"theta must be above 0, got {theta}")
         self.head_dim, self.num_heads, self.pos_dim, self.init = head_dim, num_heads, pos_dim, init
         freqs = torch.rand(num_heads, pos_dim, pairs)
         if init == "heo":

@@ -48,6 +48,8 @@ class SphericalRoPE(nn.Module):
         self.triplets = head_dim // 3
         if self.triplets < 1:
             raise ValueError(f"head_dim must be at least 3, got {head_dim}")
+        if theta <= 0:
+            raise ValueError(f"theta must be above 0, got {theta}")
         self.head_dim, self.num_heads, self.learned, self.theta = head_dim, num_heads, learned, theta
         if learned:
             self.freqs = nn.Parameter(torch.rand(num_heads, 2, self.triplets))

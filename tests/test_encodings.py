@@ -410,8 +410,13 @@ def test_mixed_begins_with_two_orthogonal_directions_per_head_and_falling_magnit
         (SphericalRoPE, 2, {}, "at least 3"),
         (MixedRoPE, 1, {}, "at least 2"),
         (MixedRoPE, 8, {"init": "heo2"}, "'heo' or 'uniform', got 'heo2'"),
-        *((LieRE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9)),
-        *((ComRoPE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9)),
+        *((LieRE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5)),
+        *((ComRoPE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5)),
+        *(
+            (rope, 8, {"theta": t}, f"above 0, got {t}")
+            for rope in (AxialRoPE, MixedRoPE, SphericalRoPE)
+            for t in (0, -1)
+        ),
         (ComRoPE, 15, {"kind": "ap"}, r"at least pos_dim \* block_size = 16 for 'ap', got 15"),
         (ComRoPE, 8, {"kind": "apd"}, "'ap' or 'ld', got 'apd'"),
         (AxialRoPE, 3, {}, r"at least 2 \* pos_dim = 4"),
