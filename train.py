@@ -1,17 +1,17 @@
 """Train a small ViT with the position encoding of your choice.
 
     python train.py --pe spherical --dataset bearing    # a minute or two on a laptop's CPU, nothing to download
-    python train.py --pe spherical                      # CIFAR-100, which wants a GPU
+    python train.py --pe spherical                      # CIFAR-100, best on a GPU
     python train.py --pe spherical --dataset imagenet --data-dir DIR    # ImageNet: DIR/train/<class>/, DIR/val/<class>/
-    torchrun --nproc_per_node=8 train.py ...            # the same on eight GPUs, which share each batch
+    torchrun --nproc_per_node=8 train.py ...            # the same on eight GPUs, which split each batch
 
-A run writes runs/<dataset>-<pe>-s<seed>/: config.json, log.csv (a row per epoch), curves.png, last.pt and, at its end,
-result.json. Ctrl-C, or SIGTERM, stops a run after the current step; the same command with --resume continues it, also
-after a crash and with any number of GPUs. On a CPU the result is the same to the last bit, because everything random in
-a step is drawn from generators seeded by the run's seed and the step's number.
+A run writes config.json, log.csv (one row per epoch), curves.png, last.pt and finally result.json to
+runs/<dataset>-<pe>-s<seed>/. Ctrl-C or SIGTERM stops it after the current step. The same command with --resume
+continues it, also after a crash and with any number of GPUs. On a CPU the result is the same to the last bit, because
+each step draws from generators seeded with the run's seed and the step number.
 """
 
-import lab  # noqa: F401  # isort: skip  (first, as Ctrl-C shows no traceback from here on)
+import lab  # noqa: F401  # isort: skip  (first: from here on Ctrl-C shows no traceback)
 import argparse
 import math
 import signal
@@ -39,55 +39,55 @@ from lab.runs import DATASETS, accuracy, make_vit
 from vit import ENCODINGS
 
 COUNT, POSITIVE, NOT_NEGATIVE, RATE = number(int, least=1), number(float), number(float, 0), number(float, 0, 0.9)
-OPTIMIZERS = {"lamb": (LAMB, 4e-3), "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3)}  # with learning rates
+OPTIMIZERS = {"lamb": (LAMB, 4e-3), "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3)}  # with default lr
 
 # van de Geijn et al. 2025, tables 5 and 6, after DeiT III (Touvron et al. 2022). bearing and its recipe are ours.
 RECIPES = {
     # flag            type          cifar100 imagenet bearing
     "epochs":        (COUNT,        400,     200,     10,     "passes over the training images"),
     "batch_size":    (COUNT,        1024,    512,     64,     "images per step"),
-    "augment":       (AUGMENT,      "mix",   "3",     "none", "3: DeiT III's; mix: with Mixup and CutMix"),
+    "augment":       (AUGMENT,      "mix",   "3",     "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
     "opt":           (OPTIMIZERS,   "lamb",  "lamb",  "adamw", "optimizer"),
-    "lr":            (POSITIVE,     None,    None,    2e-3,   "highest learning rate; None: lamb 0.004, adamw 0.001"),
-    "warmup_epochs": (NOT_NEGATIVE, 5,       5,       1,      "epochs of linear warm-up, at most a fifth of all"),
-    "patch_size":    (COUNT,        4,       16,      4,      "side of a patch in pixels"),
+    "lr":            (POSITIVE,     None,    None,    2e-3,   "peak learning rate; None: lamb 0.004, adamw 0.001"),
+    "warmup_epochs": (NOT_NEGATIVE, 5,       5,       1,      "epochs of linear warm-up, at most a fifth of --epochs"),
+    "patch_size":    (COUNT,        4,       16,      4,      "patch size in pixels"),
     "depth":         (COUNT,        12,      12,      2,      "blocks"),
     "heads":         (COUNT,        6,       6,       4,      "attention heads"),
     "head_dim":      (COUNT,        60,      64,      24,     "channels per head"),
-    "dropout":       (RATE,         0.1,     0.0,     0.0,    "chance to drop a channel: embedding, attention, MLP"),
-    "drop_path":     (RATE,         0.1,     0.0,     0.0,    "stochastic depth: chance to drop a residual branch"),
-    "layer_scale":   (NOT_NEGATIVE, 1e-4,    1e-4,    0.0,    "LayerScale's initial value, 0 for none"),
+    "dropout":       (RATE,         0.1,     0.0,     0.0,    "dropout rate after embedding, attention and MLP"),
+    "drop_path":     (RATE,         0.1,     0.0,     0.0,    "stochastic depth: rate of dropping a residual branch"),
+    "layer_scale":   (NOT_NEGATIVE, 1e-4,    1e-4,    0.0,    "initial LayerScale value, 0 for none"),
 }  # fmt: skip
 COLUMN = {"cifar100": 0, "imagenet": 1, "bearing": 2, "bearing-corner": 2}
 IMAGENET = {  # flags for --dataset imagenet alone
     "img_size": (COUNT, 224, "side of the training images in pixels"),
-    "eval_size": (COUNT, None, "side of the test images in pixels, if not as in training"),
-    "limit_classes": (COUNT, None, "use only this many classes, the first by name"),
-    "workers": (number(int, 0), 8, "processes that decode images, for each GPU"),
-    "skip_damaged": (bool, False, "leave out files that cannot be read"),
+    "eval_size": (COUNT, None, "side of the test images in pixels, if different"),
+    "limit_classes": (COUNT, None, "use only this many classes, first by name"),
+    "workers": (number(int, 0), 8, "image-decoding processes per GPU"),
+    "skip_damaged": (bool, False, "skip images that cannot be read"),
 }
 VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_scale", "dropout", "drop_path"
 FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged", "micro_batch"
-CHECKPOINT_SECONDS = 60  # the work that a killed run can lose
-SHOW_SECONDS = 0.5  # between two updates of the progress bar: to read the loss is to wait for the GPU
+CHECKPOINT_SECONDS = 60  # the most work that a killed run loses
+SHOW_SECONDS = 0.5  # between progress-bar updates, because reading the loss waits for the GPU
 
 
 def parse_args(argv=None):
-    """The command line, completed by the data set's recipe."""
+    """Parse the command line; flags that are not given come from the data set's recipe."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
     add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="its options, such as block_size=4 theta=50")
-    add("--dataset", choices=DATASETS, default="cifar100", help="what to learn (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="decides everything random (%(default)s)")
-    add("--out", type=folder, help="the run's folder (runs/<dataset>-<pe>-s<seed>)")
+    add("--dataset", choices=DATASETS, default="cifar100", help="data set (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="random seed (%(default)s)")
+    add("--out", type=folder, help="run folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--data-dir", type=folder, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
+    add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add("--fraction", type=number(float, most=1), default=1.0, help="train on part of the images, for as many steps")
-    add("--micro-batch", type=COUNT, help="images that a process takes at once (its whole part of the batch)")
-    add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear maps (%(default)s)")
-    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on positions in training, in patches (%(default)s)")
-    add("--pos-scale", type=POSITIVE, default=1.0, help="multiplies all positions (%(default)s)")
+    add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
+    add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
+    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on training positions, in patches (%(default)s)")
+    add("--pos-scale", type=POSITIVE, default=1.0, help="factor on all positions (%(default)s)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
     for name, (kind, *defaults, what) in RECIPES.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     args.lr = args.lr or OPTIMIZERS[args.opt][1]
     args.pe_options = parse_options(args.pe_options, args.pe, ENCODINGS[args.pe])
     if args.jitter and ENCODINGS[args.pe] is None:
-        parser.error(f"--pe {args.pe} is not given positions: leave --jitter out, or choose another encoding")
+        parser.error(f"--pe {args.pe} has no positions to jitter: leave --jitter out, or choose another encoding")
     if args.eval_size and args.eval_size % args.patch_size:
         parser.error(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     return args
@@ -125,9 +125,9 @@ def main(argv=None):
     device = usable_device(args.device)
     init(device)
     if device.type == "cpu" and args.dataset in ("cifar100", "imagenet"):
-        print(f"{args.dataset} wants a GPU. On a CPU, --dataset bearing takes a minute or two.", flush=True)
+        print(f"{args.dataset} is slow without a GPU: --dataset bearing takes a minute or two on a CPU.", flush=True)
 
-    # The data. It lives on the device, but for ImageNet, which worker processes read.
+    # The data: held on the device, except ImageNet, which worker processes read
     data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
     if args.dataset == "imagenet":
         data_options |= {name: getattr(args, name) for name in IMAGENET if name != "eval_size"}
@@ -137,7 +137,7 @@ def main(argv=None):
     parts, rest = divmod(data.rank_batch_size, micro_batch)
     if rest:
         fits = max(n for n in range(1, micro_batch) if data.rank_batch_size % n == 0)
-        raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images of a process: try {fits}")
+        raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images per process: try {fits}")
 
     # The model and its optimizer
     reseed(args.seed, 0)
@@ -153,12 +153,12 @@ def main(argv=None):
     model = make_vit(**vit_options).to(device)
     optimizer = make_optimizer(args, model)
 
-    # The rest of a run's state. totals are sums over this epoch: of steps, loss, correct, gradient norm.
+    # The rest of the run's state. totals are this epoch's sums of steps, loss, correct and gradient norm.
     state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     config["data_set"] = data.contents
     runs.load_checkpoint(args.out, config, model, optimizer, state) if args.resume else runs.check_folder(args.out)
-    with rank_0_first():  # it downloads
+    with rank_0_first():  # rank 0 downloads
         data.load()
     if args.compile:
         model.compile()
@@ -167,11 +167,11 @@ def main(argv=None):
     print(f"{about}: {parameters / 1e6:.2f} M parameters on {device_name(device)}, to {args.out}/", flush=True)
 
     def save():
-        epoch_means(args, state, model)  # or an error, where they are not finite: such weights are not saved
+        epoch_means(args, state, model)  # raises UserError if anything is not finite: such weights are not saved
         if RANK == 0:
             runs.save_checkpoint(args.out, config, model, optimizer, state | {"vit": vit_options, "data": data_options})
 
-    # The loop. What is random in a step depends on the seed and the step's number alone.
+    # The loop. The random draws of a step depend only on the seed and the step number.
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
     saved = time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
@@ -184,7 +184,7 @@ def main(argv=None):
                 shown, waited = time.perf_counter(), 0.0
                 for step in range(state["step"], (epoch + 1) * steps_per_epoch):
                     start = time.perf_counter()
-                    batch = next(batches, None)  # None: the next line raises
+                    batch = next(batches, None)  # None only if the next line raises
                     stop.raise_if_stopped()
                     images, targets = batch
                     waited += time.perf_counter() - start
@@ -192,12 +192,12 @@ def main(argv=None):
                     # Forward and backward, one micro-batch at a time
                     model.train()
                     pos = jitter_positions(model, args.jitter) if args.jitter else None
-                    reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs from rank to rank, as their images do
+                    reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
                     totals = torch.zeros(2, device=device)  # loss, correct
                     for i, (x, y) in enumerate(
                         zip(images.split(micro_batch), targets.split(micro_batch), strict=True), 1
                     ):
-                        net.require_backward_grad_sync = i == parts  # DDP averages gradients over the ranks once a step
+                        net.require_backward_grad_sync = i == parts  # DDP averages gradients once per step
                         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                             logits = net(x, pos)
                             loss = F.cross_entropy(logits, y) / parts
@@ -227,14 +227,14 @@ def main(argv=None):
                         save()
                         saved = time.perf_counter()
 
-                # The end of an epoch: a test, and a row in the log
+                # The end of the epoch: test, and add a row to the log
                 start = time.perf_counter()
                 loss, correct = epoch_means(args, state)
-                state["seconds"] += time.perf_counter() - start  # spent waiting for the GPU's training
+                state["seconds"] += time.perf_counter() - start  # waiting for the GPU to finish training
                 test_accuracy = accuracy(model, stop.watch(data.test_batches(img_size=args.eval_size)), args.amp)
                 stop.raise_if_stopped()
                 if math.isnan(test_accuracy):
-                    raise UserError(f"no test image in {args.data_dir} could be read: mend them, then use --resume")
+                    raise UserError(f"no test image in {args.data_dir} could be read: fix the files, then use --resume")
                 row = {
                     "epoch": epoch + 1,
                     "lr": learning_rate(args, state["step"] - 1, steps_per_epoch),
@@ -281,17 +281,17 @@ def main(argv=None):
         "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
     )
     if damaged := len(union(data.damaged)):
-        print(f"{damaged} damaged images were left out")
+        print(f"corrupt images skipped: {damaged}")
     cleanup()
 
 
 def reseed(*key):
-    """Make everything that torch draws from here on a function of the key, some integers >= 0."""
+    """Seed torch's generators with a key of integers >= 0."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def make_optimizer(args, model):
-    """Weight decay is for the weights of linear maps, not for biases, norms, tokens, embeddings and frequencies."""
+    """Weight decay applies to weights of linear layers, not to biases, norms, tokens, embeddings and frequencies."""
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     groups = [
         {"params": [p for p in model.parameters() if p in decayed], "weight_decay": args.weight_decay},
@@ -301,7 +301,7 @@ def make_optimizer(args, model):
 
 
 def train_batches(args, data, step):
-    """This rank's part of the batch of each step from `step` on. What is random in it is the same for all ranks."""
+    """Yield this rank's part of the batch of each step from `step` on. All ranks make the same random draws."""
     while True:
         reseed(args.seed, 1 + step)
         yield data.train_batch(step)
@@ -309,7 +309,7 @@ def train_batches(args, data, step):
 
 
 def learning_rate(args, step, steps_per_epoch):
-    """Linear warm-up, then half a cosine down to 0."""
+    """Linear warm-up, then cosine decay to 0."""
     warmup = min(args.warmup_epochs, args.epochs / 5) * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
@@ -317,7 +317,7 @@ def learning_rate(args, step, steps_per_epoch):
 
 
 def epoch_means(args, state, model=None):
-    """This epoch's mean loss and accuracy so far. Raises UserError if they, the gradient or weights are not finite."""
+    """This epoch's mean loss and accuracy so far. Raises UserError if loss, gradient or weights are not finite."""
     steps, loss, correct, norm = state["totals"].tolist()
     if not math.isfinite(loss + norm) or (model and not runs.finite(model.state_dict())):
         last = args.out / "last.pt"

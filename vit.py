@@ -1,13 +1,13 @@
 """A small Vision Transformer, and the table of position encodings by name.
 
-The model is the usual one (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, LayerScale,
-stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state dict loads as it is, and computes what
-it did there. (timm's global_pool="avg" is pool="mean" if it was built with class_token=False.)
+The model is standard (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, LayerScale,
+stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state dict loads unchanged and gives the same
+outputs. (timm's global_pool="avg" with class_token=False is pool="mean".)
 
-A rotary encoding turns q and k inside each attention and is told where the tokens are. The grid of patches of a
-training image spans [-pi, pi] on each axis, end points included; the class token sits at 0, where every rotation is the
-identity. An image of another size keeps its patches: a side of P, P0 in training, spans [-(P / P0) pi, (P / P0) pi].
-(So neighbours are a little closer to each other in a larger image.)
+A rotary encoding rotates q and k in each attention layer, given the positions of the tokens. The patch grid of a
+training image spans [-pi, pi] on each axis, end points included. The class token sits at 0, where every rotation is the
+identity. Other image sizes keep the patch size: P patches per side, P0 in training, span [-(P / P0) pi, (P / P0) pi].
+(So neighbours are slightly closer together in larger images.)
 """
 
 import math
@@ -25,10 +25,10 @@ from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 
-# A new encoding is a file and a line here. Its class is called with head_dim and num_heads, once for each layer, and
-# has forward(q, k, pos), rotate(x, pos) and rotation(pos), as the others have. Options are keyword-only; one named grid
-# is given the patches per side. The file's docstring says whether it is equivariant, and the tests hold it to that.
-# "none" and "ape", a learned absolute embedding, leave q and k alone.
+# A new encoding is one file and one line here. Its class is called once per layer with head_dim and num_heads and has
+# forward(q, k, pos), rotate(x, pos) and rotation(pos), like the others. Options are keyword-only; an option named grid
+# receives the patches per side. The file's docstring says whether it is equivariant, and the tests check that.
+# "none" and "ape" (a learned absolute embedding) leave q and k alone.
 ENCODINGS = {
     "none": None,
     "ape": None,
@@ -49,11 +49,11 @@ class ViT(nn.Module):
 
     pe            a name in ENCODINGS; pe_options go to that encoding's constructor
     img_size      side of the training images in pixels; forward takes any sides that are multiples of patch_size
-    pool          "cls": the head reads the class token; "mean": the mean of all patches, and there is no class token
-    dropout       after the position embedding, the attention's projection and both layers of the MLP
-    drop_path     stochastic depth: chance to drop a residual branch, in every block the same, as in DeiT III
-    layer_scale   initial value of LayerScale's gammas, None for no LayerScale
-    pos_scale     multiplies all positions, which for an encoding is the same as to multiply all its frequencies
+    pool          "cls": the head reads the class token; "mean": the mean of all patches, without a class token
+    dropout       rate, after the position embedding, the attention projection and both MLP layers
+    drop_path     stochastic depth: rate of dropping a residual branch, the same in all blocks, as in DeiT III
+    layer_scale   initial value of LayerScale's gamma, None for no LayerScale
+    pos_scale     factor on all positions, equivalent to a factor on all frequencies of the encoding
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ViT(nn.Module):
         make_rope = ENCODINGS[pe]
         if make_rope is None and pe_options:
             raise TypeError(f"{pe} has no options, got {', '.join(pe_options)}")
-        if make_rope is not None and "grid" in signature(make_rope).parameters:  # its initialisation counts in patches
+        if make_rope is not None and "grid" in signature(make_rope).parameters:  # initialised in units of patches
             pe_options = {"grid": self.grid} | pe_options
         self.blocks = nn.ModuleList(
             Block(
@@ -105,7 +105,7 @@ class ViT(nn.Module):
             )
             for _ in range(depth)
         )
-        # timm's two names: a class token is read after the norm, a mean is normed after it is taken
+        # timm's two names: norm is applied before the class token is read, fc_norm after the mean is taken
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(dim, num_classes)
@@ -120,7 +120,7 @@ class ViT(nn.Module):
 
     @property
     def spacing(self):
-        """How far apart neighbouring patches of a training image are, in units of position."""
+        """Distance between neighbouring patches of a training image, in units of position."""
         return self.pos_scale * 2 * math.pi / max(self.grid - 1, 1)
 
     def positions(self, height, width, device=None):
@@ -131,8 +131,8 @@ class ViT(nn.Module):
         return torch.cat([pos.new_zeros(self.num_prefix_tokens, 2), pos])
 
     def compile(self, **options):
-        """torch.compile the blocks, one by one: they share a graph, and so one of them is all that is compiled."""
-        # else exponentials' gradients would be taken in bfloat16, though loss.backward() is outside of autocast
+        """torch.compile the blocks one by one: they share a graph, so it is compiled only once."""
+        # otherwise gradients of matrix exponentials would be bfloat16, although loss.backward() is outside autocast
         torch._functorch.config.backward_pass_autocast = "off"
         for block in self.blocks:
             block.compile(**options)
@@ -140,7 +140,7 @@ class ViT(nn.Module):
     def forward(self, images, pos=None):
         """images (B, 3, height, width) -> logits (B, num_classes).
 
-        pos (T, 2) or (B, T, 2), class token first, replaces the positions that a rotary encoding is told.
+        pos (T, 2) or (B, T, 2), class token first, replaces the positions given to a rotary encoding.
         """
         x = self.patch_embed(images)
         height, width = x.shape[-2:]
@@ -158,7 +158,7 @@ class ViT(nn.Module):
         return self.head(self.fc_norm(x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)))
 
     def interpolated_pos_embed(self, height, width):
-        """The learned position embedding (1, T, dim), resampled to another grid as timm does it."""
+        """The learned position embedding (1, T, dim), resampled to another grid as in timm."""
         if not torch.compiler.is_exporting() and (height, width) == (self.grid, self.grid):
             return self.pos_embed
         prefix, grid = self.pos_embed[:, : self.num_prefix_tokens], self.pos_embed[:, self.num_prefix_tokens :]
@@ -242,7 +242,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drops a branch for each sample by chance, and scales up what stays."""
+    """Stochastic depth (Huang et al. 2016): drops the branch of random samples and scales up the others."""
 
     def __init__(self, rate):
         super().__init__()

@@ -1,18 +1,18 @@
-"""DeiT-III's augmentation (Touvron et al. 2022) of a whole batch on its device, each image by a draw of its own.
+"""DeiT III's augmentation (Touvron et al. 2022) of a whole batch on its device, drawn separately for each image.
 
     images = three_augment(images)                      # (B, 3, S, S) uint8 -> float in [0, 1]
     images, targets = mix(images, labels, num_classes)  # Mixup or CutMix; soft targets (B, num_classes)
 
-In this order: a random part of the image resized to the whole (bicubic), a flip, one of grey-scale, solarize and
-Gaussian blur, then brightness, contrast and saturation in a random order. What is drawn is torchvision's, what it does
-to an image is Pillow's, clipping included, but nothing is rounded to whole levels on the way. (arXiv 2204.07118)
+In this order: a random resized crop (bicubic), a flip, one of greyscale, solarize and Gaussian blur, then brightness,
+contrast and saturation in random order. The distributions are torchvision's and the operations Pillow's, clipping
+included, but without rounding to whole levels in between. (arXiv 2204.07118)
 
-Resizing and blurring are linear and work on each axis alone, so they are products with two matrices for each image:
+Resizing and blurring are linear and separable, so they are products with two matrices per image:
 
     out = Y in X^T      Y, X (S, S): row i holds the weights of the input's pixels in the output's pixel i
 
-All is drawn from torch's global generators, of the device, and for mix of the CPU. A GPU never keeps the host waiting:
-every image goes through every operation, and torch.where picks. Call it outside of autocast.
+All draws come from torch's global generators: the device's, and for mix the CPU's. The host never waits for a GPU:
+every image goes through every operation, and torch.where picks. Call it outside autocast.
 """
 
 import math
@@ -31,9 +31,9 @@ def three_augment(images):
 
 
 def flip_and_color(images, rank=0, world_size=1):
-    """What follows the crop: images (B, 3, S, S) float in [0, 1] -> the same shape, in [0, 1].
+    """Everything after the crop: images (B, 3, S, S) float in [0, 1] -> the same shape, in [0, 1].
 
-    If they are every world_size'th image of a batch, from rank on, they come out as they would in the whole batch.
+    If images are every world_size'th of a batch, starting at rank, the result is the same as in the whole batch.
     """
     B, random = len(images) * world_size, {"device": images.device}
     flips, kinds, sigma = torch.rand(B, **random) < 0.5, torch.randint(3, (B,), **random), torch.rand(B, **random)
@@ -46,7 +46,7 @@ def flip_and_color(images, rank=0, world_size=1):
 def draw_crops(B, S, device, tries=10):
     """-> start, size (2, B) in whole pixels, vertical and horizontal: area 0.08 to 1, width / height 3/4 to 4/3.
 
-    As torchvision's RandomResizedCrop: the first of ten tries that fits in the image, and the whole image if none does.
+    As torchvision's RandomResizedCrop: the first of ten tries that fits in the image, or the whole image if none does.
     """
     area = S**2 * (0.08 + 0.92 * torch.rand(tries, B, device=device))
     ratio = (math.log(4 / 3) * (2 * torch.rand(tries, B, device=device) - 1)).exp()
@@ -58,20 +58,20 @@ def draw_crops(B, S, device, tries=10):
 
 
 def crop(images, start, size):
-    """images (B, 3, S, S): the part given by start, size (2, B), enlarged to S x S."""
+    """images (B, 3, S, S): the crop given by start, size (2, B), resized to S x S."""
     rows, columns = resize_matrices(start, size, images.shape[-1])
     return transform(rows, images, columns)
 
 
 def mirror(images, where):
-    """images (B, 3, S, S), left and right exchanged where (B,) says so."""
+    """images (B, 3, S, S), flipped horizontally where (B,) is true."""
     return torch.where(where.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def resize_matrices(start, size, S):
-    """start, size (...) -> (..., S, S): pixels start to start + size enlarged to S by cubic convolution (a = -1/2).
+    """start, size (...) -> (..., S, S): pixels start to start + size resized to S by cubic convolution (a = -1/2).
 
-    An output pixel weighs the four input pixels around it, less those outside the part, with weights that sum to 1.
+    Each output pixel is a weighted sum of the four input pixels around it that are in the crop; weights sum to 1.
     """
     start, size = start[..., None, None], size[..., None, None]
     centre = start + size * (torch.arange(S, device=start.device)[:, None] + 0.5) / S  # of each output pixel
@@ -84,13 +84,13 @@ def resize_matrices(start, size, S):
 
 
 def transform(rows, images, columns):
-    """Y image X^T of each image (B, 3, S, S), Y and X (B, S, S), clipped after either axis as Pillow does."""
+    """Y image X^T of each image (B, 3, S, S), Y and X (B, S, S), clipped after each axis as in Pillow."""
     images = torch.einsum("bcyx,bkx->bcyk", images, columns).clamp_(0, 1)
     return torch.einsum("biy,bcyk->bcik", rows, images).contiguous().clamp_(0, 1)
 
 
 def one_of_three(images, choice, sigma):
-    """images (B, 3, S, S): by choice (B,) grey, its lighter half inverted, or blurred by sigma (B,) pixels."""
+    """images (B, 3, S, S): by choice (B,) greyscale, solarized, or blurred by sigma (B,) pixels."""
     choice = choice.view(-1, 1, 1, 1)
     solarized = torch.minimum(images, 1 - images)
     other = torch.where(choice == SOLARIZE, solarized, blur(images, sigma))
@@ -98,16 +98,16 @@ def one_of_three(images, choice, sigma):
 
 
 def grey(images):
-    """(B, 3, S, S) -> (B, 1, S, S): luma as ITU-R BT.601 and Pillow's mode L have it."""
+    """(B, 3, S, S) -> (B, 1, S, S): luma as in ITU-R BT.601 and Pillow's mode L."""
     r, g, b = images.split(1, dim=1)
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def blur(images, sigma):
-    """images (B, 3, S, S) under a Gaussian of sigma (B,) pixels, up to 2.4: as Pillow's, three box blurs in a row.
+    """Gaussian blur of images (B, 3, S, S) by sigma (B,) pixels, up to 2.4: as in Pillow, three box blurs in a row.
 
-    A box has a third of the variance: pixels up to whole away count 1, the next ones part (Gwosdek et al. 2011). What
-    it finds beyond the border is the border's pixel.
+    A box has a third of the variance: pixels up to `whole` away have weight 1, the next ones `part` (Gwosdek et al.
+    2011). Border pixels are repeated outwards.
     """
     S = images.shape[-1]
     variance = sigma[:, None] ** 2 / 3
@@ -123,9 +123,9 @@ def blur(images, sigma):
 
 
 def jitter(images, factors, order):
-    """images (B, 3, S, S) blended with black, their mean grey and their grey selves, as by Pillow's ImageEnhance.
+    """Blend images (B, 3, S, S) with black, their mean grey and their greyscale, as in Pillow's ImageEnhance.
 
-    factors (B, 3) are those of brightness, contrast and saturation, 1 for no change; order (B, 3) says what comes when.
+    factors (B, 3) are for brightness, contrast and saturation, 1 for no change; order (B, 3) is their order.
     """
     for kind, factor in zip(order.T, factors.gather(1, order).T, strict=True):
         kind, luma = kind.view(-1, 1, 1, 1), grey(images)
@@ -138,7 +138,7 @@ def jitter(images, factors, order):
 def mix(images, labels, num_classes):
     """images (B, 3, S, S), labels (B,) -> the batch mixed with itself in reverse order, targets (B, num_classes).
 
-    Mixup (Zhang et al. 2018, alpha 0.8) or CutMix (Yun et al. 2019, alpha 1), of which one draw serves the whole batch.
+    Mixup (Zhang et al. 2018, alpha 0.8) or CutMix (Yun et al. 2019, alpha 1), drawn once for the whole batch.
     """
     if torch.rand(()).item() < 0.5:
         lam = draw_beta(0.8)
@@ -151,9 +151,9 @@ def mix(images, labels, num_classes):
 
 
 def jitter_positions(model, sigma):
-    """A ViT's training positions (T, 2), each moved by noise of sigma patches, but not out of its patch.
+    """A ViT's training positions (T, 2), each with noise of sigma patches, clamped to its patch.
 
-    Drawn anew at each step for the whole batch; a class token stays where it is. (Yu et al. 2025, section 3.4.2)
+    Drawn once per step for the whole batch; a class token does not move. (Yu et al. 2025, section 3.4.2)
     """
     pos = model.positions(model.grid, model.grid)
     noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * model.spacing
@@ -166,13 +166,13 @@ def draw_beta(alpha):
 
 
 def draw_box(S, lam):
-    """-> rows, columns (slices) of a box with a share 1 - lam of the image, less what lies beyond the borders."""
+    """-> rows, columns (slices) of a box that covers 1 - lam of the image, clipped at its borders."""
     half = int(S * math.sqrt(1 - lam)) // 2
     return [slice(max(0, centre - half), min(S, centre + half)) for centre in torch.randint(S, (2,)).tolist()]
 
 
 def cutmix(images, rows, columns):
-    """-> images (B, 3, S, S) with their partners' pixels in the box, and the share that stays their own."""
+    """-> images (B, 3, S, S) with their partners' pixels in the box, and the fraction that stays their own."""
     mixed = images.clone()
     mixed[:, :, rows, columns] = images[:, :, rows, columns].flip(0)
     return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / images.shape[-1] ** 2

@@ -1,4 +1,4 @@
-"""What an encoding costs: in time and in memory, in a ViT and alone, as tokens and channels grow.
+"""Benchmark the encodings: time and memory, in a ViT and alone, as tokens and channels grow.
 
     python -m lab.benchmark                              # the first six parts
     python -m lab.benchmark step inference --pe axial spherical --json costs.json
@@ -7,23 +7,22 @@
     step           a training step of ViT-S: forward, loss, backward, fused AdamW
     inference      a pass without gradients
     alone          one layer's encoding of q and k (B, H, T, D): forward, and forward with backward
-    memory         the peak of a training step; what one layer's encoding needs at 4096 tokens
-    tokens         alone, forward and backward, at 64 to 4096 tokens an image, as many in all: fewer images
-    head-dim       the same at 32, 64 and 128 channels a head
-    peers          alone, eager and compiled, beside other ways to do it: complex numbers, torch.matrix_exp per token,
-                   timm and rotary-embedding-torch, where these are installed (pip install timm rotary-embedding-torch)
-    recipe         a batch's augmentation against its training step, and LAMB against fused AdamW
+    memory         the peak of a training step; the peak of one layer's encoding at 4096 tokens
+    tokens         alone, forward and backward, at 64 to 4096 tokens per image, the same number in total
+    head-dim       the same at 32, 64 and 128 channels per head
+    peers          alone, eager and compiled, against other implementations: complex numbers, torch.matrix_exp per
+                   token, timm and rotary-embedding-torch, if installed (pip install timm rotary-embedding-torch)
+    recipe         augmentation of a batch against its training step, and LAMB against fused AdamW
     decoding       reading photographs (--photos DIR) at 224 pixels as lab/imagenet.py does, against Pillow's open,
                    convert and resize of the whole image
 
-All are ratios: of a ViT to one without an encoding (none beside none shows how exact that is), of an encoding alone to
-scaled_dot_product_attention of the same q, k, v. What is compared takes turns, so that a machine's moods hit both
-alike; what is short is called many times a turn. A row has the median of the turns' ratios, its quartiles, and the
-median time of a call. On CUDA the default is what table 9 of van de Geijn et al. 2025 has, compiled and in bfloat16.
+All results are ratios: of a ViT to one without an encoding (none to none shows the precision), of an encoding alone to
+scaled_dot_product_attention of the same q, k, v. The two take turns, so that fluctuations of the machine affect both
+alike; short functions are called many times per turn. A row has the median and quartiles of the turns' ratios, and the
+median time of a call. The default on CUDA is the setup of van de Geijn et al. 2025, table 9, compiled and in bfloat16.
 
-Memory is the most that is held at a time, beyond what was held before: in a training step, activations and gradients.
-For an encoding alone, forward and backward, it is what it holds beyond a stand-in that copies q and k, in units of q
-and k together.
+Memory is the peak, beyond what was allocated before: in a training step, activations and gradients. For an encoding
+alone, forward and backward, it is the excess over a stand-in that copies q and k, in units of q and k together.
 """
 
 import sys
@@ -80,7 +79,7 @@ def main(argv=None):
     args = parse_args(argv)
     rows = []
     if usable_device(args.device).type not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device} cannot be measured: take cpu or cuda")
+        raise UserError(f"--device {args.device} cannot be benchmarked: use cpu or cuda")
     about = environment(args.device) | {"settings": {k: v for k, v in vars(args).items() if k != "json"}}
     print("{device}, torch {torch}".format(**about))
     torch.manual_seed(0)
@@ -92,7 +91,7 @@ def main(argv=None):
             if args.json:
                 write_json(args.json, about | {"rows": rows})
     if not rows:
-        raise UserError(f"--pe {' '.join(args.pe)} has no part in {' '.join(args.parts)}: name others")
+        raise UserError(f"--pe {' '.join(args.pe)} has nothing to measure in {' '.join(args.parts)}: choose others")
 
 
 def parse_args(argv):
@@ -101,33 +100,33 @@ def parse_args(argv):
     add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (the first six)")
     add("--pe", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), help="encodings (all)")
     add("--img-size", type=count, help="side of the images in pixels (32, on CUDA 224)")
-    add("--patch-size", type=count, help="side of a patch in pixels (4, on CUDA 16)")
-    add("--batch-size", type=count, help="images (32, on CUDA 256)")
+    add("--patch-size", type=count, help="patch size in pixels (4, on CUDA 16)")
+    add("--batch-size", type=count, help="images per batch (32, on CUDA 256)")
     add("--depth", type=count, default=12, help="layers (%(default)s)")
     add("--heads", type=count, default=6, help="attention heads (%(default)s)")
-    add("--head-dim", type=count, help="channels a head (60, on CUDA 64)")
+    add("--head-dim", type=count, help="channels per head (60, on CUDA 64)")
     add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="options of the encodings' constructors")
-    add("--repeats", type=number(int, least=2), help="turns (5, on CUDA 20)")
+    add("--repeats", type=number(int, least=2), help="turns per comparison (5, on CUDA 20)")
     add_device_flags(parser)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
-    add("--photos", type=Path, metavar="DIR", help="decoding: a folder of images, at any depth")
-    add("--json", type=Path, metavar="FILE", help="write each row into FILE as soon as it is measured")
+    add("--photos", type=Path, metavar="DIR", help="decoding: a folder of images, searched recursively")
+    add("--json", type=Path, metavar="FILE", help="write each row to FILE as soon as it is measured")
     args = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.device.startswith("cuda")])
     if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(unknown)}: take {', '.join(PARTS)}")
+        parser.error(f"there is no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     if args.img_size % args.patch_size:
         parser.error(f"--img-size must be a multiple of --patch-size = {args.patch_size}, not {args.img_size}")
     if args.json and args.json.is_dir():
         parser.error(f"--json must be a file, not the folder {args.json}")
     if args.json and not args.json.parent.is_dir():
-        parser.error(f"there is no folder {args.json.parent}: make it, or choose another --json")
+        parser.error(f"there is no folder {args.json.parent}: create it, or choose another --json")
     args.parts = args.parts or list(PARTS)[:6]
     args.pe_options = {pe: parse_options(args.pe_options, pe, ENCODINGS[pe]) for pe in args.pe}
     if "decoding" in args.parts and not (args.photos and images_below(args.photos)):
-        parser.error("decoding needs photographs: name a folder that has some with --photos")
+        parser.error("decoding needs images: name a folder of them with --photos")
     return args
 
 
@@ -137,11 +136,11 @@ def show(what, pe, base, ratio, low=None, high=None, milliseconds=None, megabyte
     print("".join(f"   {name} {size}" for name, size in sizes.items()), flush=True)
 
 
-# The parts: each yields rows, that say what was measured, of which encoding, as a ratio to what.
+# The parts. Each yields rows: what was measured, of which encoding, and relative to what.
 
 
 def beside_none(what, make, args):
-    """Each encoding beside none, two at a time: that is what a user of it would compare."""
+    """Each encoding against none, in pairs: the comparison that matters to its user."""
     none = make("none", args)
     for pe in args.pe:
         yield {"what": what, "pe": pe, "base": "none"} | compare(make(pe, args), none, args)
@@ -174,7 +173,7 @@ def memory(args):
 
 
 def peers(args):
-    """Each encoding beside other implementations, which are called as their authors recommend."""
+    """Each encoding against other implementations, called as their authors recommend."""
     if args.head_dim % 4:
         raise UserError(f"--head-dim must be a multiple of 4 for peers, not {args.head_dim}")
     for layer in layers(args):
@@ -189,7 +188,7 @@ def peers(args):
 
 
 def others(layer):
-    """Yields a name, a function that turns the layer's q and k, and its parameters: a list."""
+    """Yield a name, a function that rotates the layer's q and k, and the list of its parameters."""
     pe, rope, q, k = layer.pe, layer.rope, layer.q, layer.k
     (_, H, T, D), learned = q.shape, list(rope.parameters())
     if pe in ("axial", "mixed"):
@@ -197,14 +196,17 @@ def others(layer):
     if isinstance(rope, LieRE | ComRoPE):
         yield "torch.matrix_exp", partial(encode_by_matrix_exp, layer), learned
     shape = [math.isqrt(T)] * 2
-    if pe in ("axial", "mixed") and (timm := installed("timm.layers")):
-        if pe == "axial":  # one table for all calls
-            table = timm.RotaryEmbeddingCat(D, in_pixels=False, feat_shape=shape).to(q.device).get_embed()
-            yield "timm", lambda: [timm.apply_rot_embed_cat(x, table) for x in (q, k)], []
-        else:
-            theirs = timm.RotaryEmbeddingMixed(H * D, 1, H, feat_shape=shape).to(q.device)
-            encode = lambda: [timm.apply_rot_embed_cat(x, table) for table in theirs.get_embed() for x in (q, k)]  # noqa: E731
-            yield "timm", encode, list(theirs.parameters())
+    if pe == "axial" and (timm := installed("timm.layers")):  # one table for all calls
+        table = timm.RotaryEmbeddingCat(D, in_pixels=False, feat_shape=shape).to(q.device).get_embed()
+        yield "timm", lambda: [timm.apply_rot_embed_cat(x, table) for x in (q, k)], []
+    if pe == "mixed" and (timm := installed("timm.layers")):
+        theirs = timm.RotaryEmbeddingMixed(H * D, 1, H, feat_shape=shape).to(q.device)
+
+        def encode():
+            table = theirs.get_embed()[0]
+            return [timm.apply_rot_embed_cat(x, table) for x in (q, k)]
+
+        yield "timm", encode, list(theirs.parameters())
     if pe == "axial" and (rotary := installed("rotary_embedding_torch")):
         theirs = rotary.RotaryEmbedding(D // 2, freqs_for="pixel").to(q.device)
 
@@ -224,7 +226,7 @@ def installed(name):
 
 
 def encode_by_complex_numbers(layer):
-    """The same as RoPE-ViT's and LLaMA's code has it."""
+    """The same with complex numbers, as in RoPE-ViT's and LLaMA's code."""
     w = layer.rope.frequencies(layer.pos.dtype) if layer.pe == "axial" else layer.rope.freqs
     angle = layer.pos[:, :, None] * w[:, None]  # (H or 1, T, M, pairs)
     angle = angle.flatten(-2) if layer.pe == "axial" else angle.sum(-2)
@@ -234,14 +236,14 @@ def encode_by_complex_numbers(layer):
 
 
 def encode_by_matrix_exp(layer):
-    """The same with an exponential for each token, as it is written in the papers."""
+    """The same with one matrix exponential per token, as in the papers."""
     rope, pos = layer.rope, layer.pos
     if isinstance(rope, LieRE):
         A, turn = torch.einsum("tm,hmkij->htkij", pos, rope.matrices(pos.dtype)), liere.turn
     else:
         P = rope.blocks
         A, turn = torch.einsum("tm,mk,hkij->htkij", pos, rope.factors(pos.dtype), P - P.mT), comrope.turn
-    R = torch.compiler.disable(torch.matrix_exp)(A.contiguous())  # inductor gives it strides that it refuses
+    R = torch.compiler.disable(torch.matrix_exp)(A.contiguous())  # inductor passes strides that it rejects
     return turn(layer.q, R), turn(layer.k, R)
 
 
@@ -301,7 +303,7 @@ def batch(args):
 
 
 def training_step(pe, args):
-    """The function that makes a training step."""
+    """-> a function that runs a training step."""
     model, (images, labels) = vit_of(pe, args), batch(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if args.compile:
@@ -318,7 +320,7 @@ def training_step(pe, args):
 
 
 def inference_pass(pe, args):
-    """The function that makes an inference pass."""
+    """-> a function that runs an inference pass."""
     model, (images, _) = vit_of(pe, args).eval(), batch(args)
     if args.compile:
         model.compile(dynamic=False)
@@ -332,7 +334,7 @@ def inference_pass(pe, args):
 
 
 def layers(args, side=None, head_dim=None):
-    """A layer of each encoding that turns q and k, for the batch's images or as many tokens in grids of side x side."""
+    """A layer of each rotary encoding, for the batch's images or as many tokens in grids of side x side."""
     grid = args.img_size // args.patch_size
     B = max(SIDES[-1] ** 2, args.batch_size * grid**2) // side**2 if side else args.batch_size
     for pe in args.pe:
@@ -341,7 +343,7 @@ def layers(args, side=None, head_dim=None):
 
 
 class Layer:
-    """An encoding with what it is told: positions of a square grid, and q and k as a ViT's attention lays them out."""
+    """An encoding with its inputs: positions of a square grid, and q and k in the layout of a ViT's attention."""
 
     def __init__(self, pe, args, side, batch_size, head_dim):
         model = vit_of(pe, args, img_size=side, patch_size=1, depth=1, head_dim=head_dim, pool="mean")
@@ -381,16 +383,16 @@ class Layer:
 
 
 def now():
-    """The time in seconds at which all that the GPU was given is done."""
+    """The time in seconds, once the GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def compare(run, base, args):
-    """Time run and base in turns -> the ratio of the one to the other, its quartiles, and run's milliseconds."""
+    """Time run and base in turns -> the ratio run / base, its quartiles, and run's milliseconds."""
     if args.compile:
-        torch.compiler.reset()  # or all the versions of one function would be too many
+        torch.compiler.reset()  # else one function would be recompiled too often
     run(), base()  # warm up, and compile
     calls = [math.ceil(0.02 / seconds(f, 1)) for f in (run, base)]
     turns = [[seconds(f, n) for f, n in zip((run, base), calls, strict=True)] for _ in range(args.repeats)]
@@ -400,7 +402,7 @@ def compare(run, base, args):
 
 
 def seconds(f, calls):
-    """The time of a call, when there are many one after another."""
+    """The time per call, over many calls in a row."""
     start = now()
     for _ in range(calls):
         f()
@@ -408,11 +410,11 @@ def seconds(f, calls):
 
 
 def peak_memory(f, args):
-    """The most bytes that f holds at a time, beyond those that were held before."""
+    """The most bytes that f holds at any time, beyond what was allocated before."""
     if args.compile:
         torch.compiler.reset()
-    f()  # what it keeps for the next time is held before
-    gc.collect()  # nothing else is to be released in the meantime
+    f()  # what it keeps for later calls does not count
+    gc.collect()  # so that nothing else is released meanwhile
     if args.device.startswith("cuda"):
         before = torch.cuda.memory_allocated(args.device)
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -424,7 +426,7 @@ def peak_memory(f, args):
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]  # of a release: below 0
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]  # negative for a release
     return max(itertools.accumulate(sizes, initial=0))
 
 

@@ -1,4 +1,4 @@
-"""The command line of every script, and the one place where a mistake that a user can fix becomes a line."""
+"""The command line of all scripts, and the one place that turns errors a user can fix into one line."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ from lab.distributed import LOCAL_RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, defer
 
 
 class UserError(Exception):
-    """What a user can fix, in one line that says how; and the exit code."""
+    """An error that the user can fix: one line that says how, and the exit code."""
 
     def __init__(self, why, code=2):
         super().__init__(why)
@@ -24,9 +24,9 @@ class UserError(Exception):
 
 
 def one_line_errors(main):
-    """Decorate a script's main(argv): what a user can fix ends it with one line and exit code 2.
+    """Decorate a script's main(argv): an error that the user can fix prints one line and gives exit code 2.
 
-    What only a bug can cause is raised, with its traceback. main may return another exit code.
+    Bugs are raised with their traceback. main may return another exit code.
     """
 
     @functools.wraps(main)
@@ -38,7 +38,7 @@ def one_line_errors(main):
                 print("Stopped at once.", file=sys.stderr)
                 return 130
             except Exception as e:
-                if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and has said why
+                if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and printed why
                     return 1
                 if (why := explanation(e)) is None:
                     raise
@@ -50,11 +50,11 @@ def one_line_errors(main):
 
 
 def explanation(e):
-    """What is wrong, and how to fix it; None for what only a bug can cause."""
+    """What is wrong and how to fix it; None for a bug."""
     if isinstance(e, UserError | OSError):
         return str(e)
     if is_out_of_memory(e):
-        return "memory is full: try a smaller --batch-size, --micro-batch or model"
+        return "out of memory: try a smaller --batch-size, --micro-batch or model"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({first_line(e)}): install a C++ compiler, or add --no-compile"
     return None
@@ -69,12 +69,12 @@ def first_line(e):
 
 
 class Output:
-    """A stream whose reader may leave at any time, as `| head -1` does: a run goes on without it."""
+    """A stream whose reader may exit early, such as `| head -1`, without stopping the run."""
 
     def __init__(self, stream):
         self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
         if getattr(self.stream, "errors", None) == "strict":
-            self.stream.reconfigure(errors="replace")  # for terminals that know nothing but ASCII
+            self.stream.reconfigure(errors="replace")  # for ASCII-only terminals
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -82,25 +82,25 @@ class Output:
     def write(self, text):
         try:
             self.stream.write(text)
-            self.stream.flush()  # a log file shows each epoch when it is done
+            self.stream.flush()  # so that a log file shows each epoch at once
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring for --help, takes no abbreviations, and complains in one line."""
+    """Shows the script's docstring for --help, takes no abbreviations and reports errors in one line."""
 
     def __init__(self, description):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
-    def error(self, message):  # without the usage in front
+    def error(self, message):  # without the usage
         raise UserError(message)
 
 
 def number(kind, least=None, most=math.inf):
-    """A type for argparse: an int64 or a float32, above 0 or not below `least`, and not above `most`."""
+    """An argparse type: an int64 or a float32, positive or at least `least`, and at most `most`."""
 
     def parse(text):
         try:
@@ -110,7 +110,7 @@ def number(kind, least=None, most=math.inf):
         if most == math.inf and value > (2**63 - 1 if kind is int else torch.finfo(torch.float32).max):
             raise argparse.ArgumentTypeError(f"is too large: {text}")
         if not (value > 0 if least is None else value >= least) or value > most:
-            limits = ("above 0" if least is None else f"from {least} up") + (f" to {most}" if most < math.inf else "")
+            limits = ("> 0" if least is None else f">= {least}") + (f" and <= {most}" if most < math.inf else "")
             raise argparse.ArgumentTypeError(
                 f"must be {'an integer' if kind is int else 'a number'} {limits}, not {text}"
             )
@@ -120,9 +120,9 @@ def number(kind, least=None, most=math.inf):
 
 
 def folder(text):
-    """A type for argparse: a Path, not that of the working directory by mistake."""
+    """An argparse type: a Path, but not "", which would be the working directory."""
     if not text:
-        raise argparse.ArgumentTypeError("must name a folder, not nothing")
+        raise argparse.ArgumentTypeError("must name a folder, not be empty")
     return Path(text)
 
 
@@ -153,17 +153,17 @@ def add_device_flags(parser):
 
 
 def usable_device(name):
-    """-> this rank's torch.device: of several ranks each has a GPU of its own, or all share the CPU."""
+    """-> this rank's torch.device: with several ranks, a GPU of its own or the shared CPU."""
     if WORLD_SIZE > 1 and name.startswith("cuda"):
         if (gpus := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
-            raise UserError(f"{LOCAL_WORLD_SIZE} processes need as many GPUs, here are {gpus}: change --nproc_per_node")
+            raise UserError(f"{LOCAL_WORLD_SIZE} processes need a GPU each, found {gpus}: change --nproc_per_node")
         name = f"cuda:{LOCAL_RANK}"
     try:
         number = torch.zeros((), device=name)
-        number.item()  # "meta" has none
+        number.item()  # fails on "meta"
         device = number.device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # which it is that is waited for, and that graphs are compiled for
+            torch.cuda.set_device(device)  # the device to synchronise with and to compile for
         return device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e

@@ -1,17 +1,17 @@
-"""Data sets that live whole on the device, and the batches made and augmented there: no loader process is needed.
+"""Data sets held entirely on the device, where batches are made and augmented: no loader process is needed.
 
-A data set is a class with the constants num_classes, img_size (pixels a side) and train_size (images an epoch), and
+A data set is a class with the constants num_classes, img_size (pixels per side) and train_size (images per epoch), and
 
     data = Data(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu").load()
     images, targets = data.train_batch(step)        # (B, 3, S, S) float, normalised and augmented; (B,) int64
-    for images, labels in data.test_batches(): ...  # the test set once, as it is
+    for images, labels in data.test_batches(): ...  # the test set once, not augmented
     for images, labels in data.test_batches(img_size=48): ...  # and at another size
 
-Which images a training step sees depends on the seed and the step alone. How they are augmented is drawn from torch's
-global generator: who seeds it before each step can stop and go on anywhere, with the same batches as without the break.
-augment is "3", for DeiT-III's random crop, flip, 3-Augment and jitter, or "mix", for these and Mixup or CutMix: targets
-are (B, num_classes) then, what each class is worth. Of world_size processes, each gets every world_size'th image of a
-batch, and of the test set, from its rank on; here it makes the whole batch for that.
+Which images a training step sees depends only on the seed and the step. Augmentation draws from torch's global
+generator: if it is seeded before each step, a run can stop and resume at any step with the same batches. augment is
+"3" for DeiT III's random crop, flip, 3-Augment and jitter, or "mix" to add Mixup or CutMix, with soft targets
+(B, num_classes). Each of world_size processes gets every world_size'th image of a batch and of the test set, starting
+at its rank; for this, each makes the whole batch here.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ AUGMENT = "none", "3", "mix"
 
 
 class Dataset:
-    """What all data sets share: a test set of bytes on the device, and the normalisation by the training images."""
+    """Base class: a uint8 test set on the device, and normalisation with the mean and s.d. of the training images."""
 
     damaged = frozenset()  # files that could not be read
-    contents = ""  # of folders: how many images and classes, and a checksum of their names
+    contents = ""  # for folders: number of images and classes, and a checksum of their names
 
     def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
@@ -52,23 +52,23 @@ class Dataset:
         self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
 
     def load(self):
-        """Fetch and read what training needs. Raises UserError."""
+        """Download (if needed) and read the data. Raises UserError."""
         return self
 
     @property
     def rank_batch_size(self):
-        """How many images of a batch are this rank's."""
+        """Number of images per batch on this rank."""
         return self.batch_size // self.world_size
 
     def own(self, *parts):
-        """What falls to this process, of tensors that hold a whole batch, or the whole test set."""
+        """This rank's part of tensors that hold a whole batch or the whole test set."""
         return tuple(part[self.rank :: self.world_size] for part in parts)
 
     def normalise(self, images):
         return (images - self.shift) / self.scale
 
     def test_set(self, img_size=None):
-        """The test images as bytes (N, 3, S, S), resampled (bicubic) if another size is asked for; labels (N,)."""
+        """Test images (N, 3, S, S) uint8, resized (bicubic) if another size is asked for; labels (N,)."""
         if img_size in (None, self.img_size):
             return self.test_images, self.test_labels
         resized = (
@@ -78,7 +78,7 @@ class Dataset:
         return torch.cat([images.round().clamp(0, 255).byte() for images in resized]), self.test_labels
 
     def test_batches(self, batch_size=500, **which):
-        """The batches of this process's part of test_set(**which)."""
+        """Yield this rank's part of test_set(**which) in batches."""
         own = self.own(*self.test_set(**which))
         for images, labels in zip(*(part.split(batch_size) for part in own), strict=True):
             yield self.normalise(images), labels
@@ -91,8 +91,8 @@ REGIONS = {"everywhere": (0, 0, 8), "upper left": (0, 0, 4), "lower right": (4, 
 class Bearing(Dataset):
     """The built-in task: noise with a red and a blue square; the class is the direction from red to blue in 8 sectors.
 
-    It cannot be solved without position, and relative position is all it takes. Training images are endless, each one
-    is new; the test set is the same for every seed. Nothing is read or downloaded. Squares sit on a grid of cells.
+    It cannot be solved without positions, and relative positions are enough. Every training image is new; the test set
+    is the same for every seed. Nothing is read or downloaded. Squares sit on a grid of cells.
     """
 
     num_classes, img_size, train_size, test_size = 8, 32, 3072, 2000
@@ -102,7 +102,7 @@ class Bearing(Dataset):
 
     def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
         if fraction != 1:
-            raise UserError("bearing makes a new image each time, so there is no fraction of it: leave --fraction out")
+            raise UserError("bearing has no fixed training set to take a fraction of: leave --fraction out")
         if augment != "none":
             raise UserError(
                 "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
@@ -114,19 +114,19 @@ class Bearing(Dataset):
         return self.normalise(images), labels
 
     def test_set(self, img_size=None, region=None):
-        """Test images as bytes (N, 3, S, S), with more or fewer cells if another size is asked for; labels (N,)."""
+        """Test images (N, 3, S, S) uint8, with more or fewer cells if another size is asked for; labels (N,)."""
         images, labels = self.draw(self.test_size, "cpu", torch.Generator().manual_seed(0), img_size, region)
         return images.to(self.device), labels.to(self.device)
 
     def draw(self, n, device, generator=None, img_size=None, region=None):
-        """n new images as bytes (n, 3, S, S) and labels (n,): sector k is centred on k * 45 degrees, y downwards.
+        """n new images (n, 3, S, S) uint8 and labels (n,): sector k is centred on k * 45 degrees, y downwards.
 
-        Of another size than in training, the squares are anywhere.
+        At other sizes than in training, the squares can be anywhere.
         """
         S = img_size or self.img_size
         grid = S // self.cell
         if S % self.cell or grid < 2:
-            raise UserError(f"bearing is drawn in cells of {self.cell} pixels: take two or more a side, not {S} pixels")
+            raise UserError(f"bearing is drawn in cells of {self.cell} pixels: use 2 or more per side, not {S} pixels")
         top, left, side = REGIONS[region or self.region] if self.img_size == S else (0, 0, grid)
         random = {"device": device, "generator": generator}
         images = torch.randint(256, (n, 3, S, S), dtype=torch.uint8, **random)
@@ -142,7 +142,7 @@ class Bearing(Dataset):
 
 
 class BearingCorner(Bearing):
-    """Bearing, learned in the upper left quarter of the image: what does an encoding make of it in another place?"""
+    """Bearing, trained only in the upper left quarter of the image: does it transfer to another place?"""
 
     region = "upper left"
 
@@ -150,8 +150,8 @@ class BearingCorner(Bearing):
 class CIFAR100(Dataset):
     """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 100 classes, 32 x 32.
 
-    Read from root/cifar-100-python, which is made from the official archive, which is downloaded if it is not in root.
-    fraction < 1 trains on a part of the images, the same for every seed; an epoch then goes over them more than once.
+    Read from root/cifar-100-python, extracted from the official archive, which is downloaded if it is not in root.
+    fraction < 1 trains on a subset of the images, the same for every seed; an epoch then repeats them.
     """
 
     num_classes, img_size, train_size = 100, 32, 50_000
@@ -172,7 +172,7 @@ class CIFAR100(Dataset):
 
     def train_batch(self, step):
         i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
-        if self.images.is_cuda:  # a copy from pinned memory is one that the host need not wait for
+        if self.images.is_cuda:  # copies from pinned memory are asynchronous
             i = i.pin_memory().to(self.device, non_blocking=True)
         images, targets = self.images[i], self.labels[i]
         if self.augment != "none":
@@ -184,7 +184,7 @@ class CIFAR100(Dataset):
 
 
 def batch_indices(step, batch_size, n, seed):
-    """The step'th batch (batch_size,) of an endless stream that goes over n images in a new order each time."""
+    """Indices (batch_size,) of the step'th batch of an endless stream that reshuffles n images in each pass."""
     t = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.concatenate([shuffled(n, seed, k)[t[t // n == k] % n] for k in range(t[0] // n, t[-1] // n + 1)])
 
@@ -194,19 +194,19 @@ def shuffled(n, seed, k):
     return np.random.default_rng((seed, k)).permutation(n)
 
 
-# Getting and reading the official files. The archive is not trusted before its sum is right, the pickles never are.
+# Downloading and reading the official files. The archive is trusted only if its MD5 is right, the pickles never are.
 
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 
 
 def cifar100_folder(root):
-    """root/cifar-100-python, made from the archive in root, downloaded first where there is none."""
+    """root/cifar-100-python, extracted from the archive in root, which is downloaded if missing."""
     folder, archive = root / "cifar-100-python", root / CIFAR100_URL.rpartition("/")[2]
     if folder.is_dir():
         return folder
     with locked(root, "--data-dir", wait=True):
-        if folder.is_dir():  # another run has made it in the meantime
+        if folder.is_dir():  # another run extracted it in the meantime
             return folder
         if not archive.exists():
             download(CIFAR100_URL, CIFAR100_MD5, archive)
@@ -217,14 +217,14 @@ def cifar100_folder(root):
         with tempfile.TemporaryDirectory(dir=root) as tmp, tarfile.open(archive) as tar:
             made = Path(tmp) / folder.name
             made.mkdir()
-            for name in "train", "test":  # and nothing else that an archive may hold
+            for name in "train", "test":  # and nothing else from the archive
                 (made / name).write_bytes(tar.extractfile(f"{folder.name}/{name}").read())
             os.replace(made, folder)
     return folder
 
 
 def download(url, expected_md5, path):
-    """Fetch url to path, which comes to be only when all is there and its MD5 sum is right."""
+    """Download url to path, which is created only once the file is complete and its MD5 is right."""
     try:
         with urllib.request.urlopen(url, timeout=60) as reply:
             size = int(reply.headers.get("Content-Length", 0)) or None
@@ -233,7 +233,7 @@ def download(url, expected_md5, path):
                     shutil.copyfileobj(counted, f)
                 if md5(tmp) != expected_md5:
                     raise UserError(
-                        f"what came from {url} is truncated or altered: run again, or put the file at {path}"
+                        f"the download from {url} is truncated or altered: run again, or put the file at {path}"
                     )
     except (OSError, HTTPException) as e:
         raise UserError(
@@ -247,16 +247,16 @@ def md5(path):
 
 
 class CIFARUnpickler(pickle.Unpickler):
-    """A pickle may name any function, and it is run. Here the three by which CIFAR's make an array do nothing."""
+    """A pickle can run any function. This allows only the three that make CIFAR's arrays, and does not run them."""
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image files have no use for")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which image files do not need")
         return Unbuilt
 
 
 class Unbuilt:
-    """Stands for what a call would have made. An array's state is (version, shape, dtype, is_fortran, bytes)."""
+    """Stands in for the result of a call. An array's state is (version, shape, dtype, is_fortran, bytes)."""
 
     def __init__(self, *arguments):
         pass
@@ -272,8 +272,8 @@ def read_cifar100(path):
             content = CIFARUnpickler(f, encoding="bytes").load()
         labels, (_, shape, _, fortran, pixels) = content[b"fine_labels"], content[b"data"].state
         if shape != (len(labels), 3 * 32 * 32) or fortran or not all(type(x) is int and 0 <= x < 100 for x in labels):
-            raise ValueError("not as many labels from 0 to 99 as images")
-        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)  # of other numbers than bytes it is too long
+            raise ValueError("there must be one label from 0 to 99 per image")
+        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)  # too long unless the numbers are bytes
         return images.view(len(labels), 3, 32, 32), torch.tensor(labels)
-    except Exception as e:  # a damaged pickle can fail in any way
-        raise UserError(f"cannot read {path} ({e}): delete {path.parent} and run again to have it made anew") from e
+    except Exception as e:  # a corrupt pickle can fail in any way
+        raise UserError(f"cannot read {path} ({e}): delete {path.parent} and run again to recreate it") from e

@@ -1,10 +1,10 @@
-"""One process or several, and what they tell each other.
+"""One process or several, and the communication between them.
 
-    torchrun --nproc_per_node=8 train.py ...        # sets RANK, LOCAL_RANK, WORLD_SIZE and where to meet
+    torchrun --nproc_per_node=8 train.py ...        # sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR
 
-Each process, a rank, trains on its part of every batch, and torch's DistributedDataParallel averages their gradients.
-What else they must agree on goes through the functions below, which all ranks call at the same places. A process that
-is alone has nobody to ask: they return at once.
+Each process (rank) trains on its part of every batch, and torch's DistributedDataParallel averages the gradients.
+Everything else that ranks must agree on goes through the functions below, which all ranks call in the same order. In a
+single process they return at once.
 """
 
 import itertools
@@ -25,39 +25,39 @@ try:
     if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError
 except ValueError:
-    print("error: RANK and WORLD_SIZE are not as torchrun sets them: use it, or unset them", file=sys.stderr)
+    print("error: RANK and WORLD_SIZE are invalid: use torchrun to set them, or unset both", file=sys.stderr)
     sys.exit(2)
 
 
 def init(device):
-    """Meet the other ranks."""
-    if RANK:  # rank 0 speaks for all
+    """Connect to the other ranks."""
+    if RANK:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def cleanup():
-    """Wait for the others, then part: if one ended early and in error, torchrun would end those still at work."""
+    """Wait for the other ranks, then disconnect: if one exited early with an error, torchrun would kill the rest."""
     wait()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 def defer():
-    """Let rank 0 report an error that may be everybody's: when it ends, torchrun ends the others."""
+    """Let rank 0 report an error that all ranks may have: when it exits, torchrun kills the others."""
     if RANK:
         time.sleep(5)
 
 
 def wait():
-    """Wait for all ranks to come here."""
+    """Wait for all ranks to get here."""
     total(torch.zeros(1))
 
 
 @contextmanager
 def rank_0_first():
-    """Rank 0 runs the block, then all others do: what it downloads and writes is there for them."""
+    """Rank 0 runs the block before the others, which then find what it downloaded and wrote."""
     if RANK:
         wait()
     yield
@@ -66,19 +66,19 @@ def rank_0_first():
 
 
 def total(x):
-    """x, summed over the ranks, in place."""
+    """Sum x over the ranks, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x)
     return x
 
 
 def any_rank(condition):
-    """Whether the condition holds on any rank. It goes from CPU to CPU: no GPU is waited for."""
+    """Whether the condition holds on any rank. Ranks communicate on the CPU, without waiting for a GPU."""
     return bool(condition) if WORLD_SIZE == 1 else total(torch.tensor(int(bool(condition)))).item() > 0
 
 
 def union(items):
-    """A set of strings: those of all ranks."""
+    """The union of all ranks' sets of strings."""
     if WORLD_SIZE == 1:
         return items
     sets = [None] * WORLD_SIZE
@@ -88,9 +88,9 @@ def union(items):
 
 @contextmanager
 def on_signals(handler):
-    """Call handler(number, frame) at Ctrl-C and at what schedulers and closed terminals send."""
+    """Call handler(number, frame) on Ctrl-C and on the signals of schedulers and closing terminals."""
     signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup started this
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signals.append(signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in signals}
     try:
@@ -101,14 +101,14 @@ def on_signals(handler):
 
 
 class Stopped(Exception):
-    """A signal came, or another rank cannot continue: all ranks stop between two steps."""
+    """A signal came, or some rank cannot continue: all ranks stop between two steps."""
 
 
 class Stop:
-    """A signal, or data that one rank cannot read, stops all ranks at the same place.
+    """Stops all ranks at the same step, after a signal or if one of them cannot read its data.
 
     with Stop.on_signals() as stop:
-        for batch in stop.watch(batches):   # ends early where there is a reason to stop
+        for batch in stop.watch(batches):   # ends early if there is a reason to stop
             ...
         stop.raise_if_stopped()
     """
@@ -124,15 +124,15 @@ class Stop:
             with on_signals(stop.interrupt):
                 yield stop
         finally:
-            stop.error = None  # its traceback holds all that the run held, worker processes too
+            stop.error = None  # its traceback keeps the run's objects alive, worker processes included
 
     def interrupt(self, number, frame):
-        if number == self.signal == signal.SIGINT and WORLD_SIZE == 1:  # a second Ctrl-C will not wait
-            raise KeyboardInterrupt  # (several ranks get each signal from the terminal and from torchrun)
+        if number == self.signal == signal.SIGINT and WORLD_SIZE == 1:  # a second Ctrl-C stops at once
+            raise KeyboardInterrupt  # (with several ranks, the terminal and torchrun each send the signal)
         self.signal = number
 
     def watch(self, batches):
-        """The batches, up to where there is a reason to stop."""
+        """Yield the batches until there is a reason to stop."""
         try:
             yield from itertools.takewhile(lambda _: not self.signal, batches)
         except Exception as e:

@@ -1,4 +1,4 @@
-"""Where a result was measured, with what, and by which command: so that it can be measured again."""
+"""Where a result was measured, and with which versions and command, so that it can be reproduced."""
 
 import platform
 import shlex
@@ -28,7 +28,7 @@ def device_name(device):
 
 
 def command(resume=False):
-    """What was typed, so that it can be typed again."""
+    """The command line that started this process, ready to be run again."""
     torchrun = ["torchrun", f"--nproc_per_node={LOCAL_WORLD_SIZE}", *sys.argv]
     typed = ["python", *sys.orig_argv[1:]] if WORLD_SIZE == 1 else torchrun
     return shlex.join(typed + ["--resume"] * (resume and "--resume" not in typed))

@@ -1,17 +1,17 @@
-"""What trained models do beyond their test set.
+"""Evaluate trained models beyond their test set.
 
-    python -m lab.evaluate runs/*                  # all that follows
-    python -m lab.evaluate runs/* --sizes          # test images of other sizes, patches kept; or --sizes 24 64 (pixels)
-    python -m lab.evaluate runs/* --shift          # all positions moved by one random offset; or --shift 1 4 (patches)
+    python -m lab.evaluate runs/*                  # all of the following
+    python -m lab.evaluate runs/* --sizes          # test images of other sizes, same patches; or --sizes 24 64 (pixels)
+    python -m lab.evaluate runs/* --shift          # all positions shifted by a random offset; or --shift 1 4 (patches)
     python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
     python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
     python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image
 
-Prints accuracies (%) and keeps them in evaluation.json beside each run.
+Prints accuracies (%) and saves them in each run's evaluation.json.
 
-Shifts are drawn from N(0, rho^2) for x and y, rho in patches, anew for each 50 images. An encoding that is equivariant
-does not notice that all positions moved (Yu et al. 2025, figure 5). It does if the class token, its point of reference,
-is left behind. What a shuffle takes shows how much a model leans on positions (Ostmeier et al. 2024, table 5).
+Shifts are drawn from N(0, rho^2) for x and y, rho in patches, once per 50 images. Equivariant encodings ignore a shift
+of all positions (Yu et al. 2025, figure 5), but not if the class token, the point of reference, stays behind. The
+accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al. 2024, table 5).
 """
 
 import sys
@@ -31,7 +31,7 @@ from lab.distributed import WORLD_SIZE
 from lab.files import write_json
 from lab.runs import DATASETS, accuracy, read_evaluation, read_run
 
-SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training images'
+SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
 SHIFTS = 1, 2, 4, 8, 16  # patches
 
 
@@ -39,7 +39,7 @@ SHIFTS = 1, 2, 4, 8, 16  # patches
 def main(argv=None):
     args = parse_args(argv)
     if WORLD_SIZE > 1:
-        raise UserError("lab.evaluate is for one process: start it with python, not with torchrun")
+        raise UserError("lab.evaluate runs in one process: start it with python, not with torchrun")
     usable_device(args.device)
     for run in args.runs:
         evaluate(run, args)
@@ -50,11 +50,11 @@ def parse_args(argv):
     add = parser.add_argument
     add("runs", nargs="+", type=folder, metavar="RUN", help="folders that train.py has written")
     add("--sizes", nargs="*", type=number(int, least=1), metavar="S", help="sides of test images (0.75 to 2 times)")
-    add("--shift", nargs="*", type=number(float, least=0), metavar="RHO", help=f"move all positions {SHIFTS}")
-    add("--patch-shift", nargs="*", type=number(float, least=0), metavar="RHO", help="move all but the class token's")
+    add("--shift", nargs="*", type=number(float, least=0), metavar="RHO", help=f"shift all positions {SHIFTS}")
+    add("--patch-shift", nargs="*", type=number(float, least=0), metavar="RHO", help="shift all but the class token's")
     add("--shuffle", action="store_true", help="the patches of each image in random order")
     add("--regions", action="store_true", help="bearing: both squares in one quarter of the image")
-    add("--data-dir", type=folder, default=Path("data"), help="where data sets are or are downloaded to (%(default)s)")
+    add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.amp is None:
@@ -66,27 +66,27 @@ def parse_args(argv):
 
 
 def evaluate(run, args):
-    """Evaluate one run, print what was found, and add it to the run's evaluation.json."""
+    """Evaluate one run, print the results and add them to its evaluation.json."""
     saved, model = read_run(run, args.device)
     config, path = saved["config"], run / "evaluation.json"
     data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
     if data.contents != config["data_set"]:
         raise UserError(
-            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.contents}: see --data-dir"
+            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.contents}: change --data-dir"
         )
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_evaluation(run)
     for name, found in evaluations(model, data, config["eval_size"] or data.img_size, args):
         if any(map(math.isnan, found.values())):
-            raise UserError(f"no test image in {args.data_dir} could be read")
+            raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
         write_json(path, results)
 
 
 def evaluations(model, data, size, args):
-    """Yields the name of a kind of evaluation and a dict of accuracies (%), at the size in pixels of the run's test."""
+    """Yield the name and the accuracies (%), a dict, of each kind of evaluation. size: of the run's test, in pixels."""
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
     def test(pos=lambda: None, change=lambda images: images, **which):
@@ -117,7 +117,7 @@ def evaluations(model, data, size, args):
 
 
 def shuffled(images, patch):
-    """Images (B, 3, H, W) with the patches of each one in a random order of its own."""
+    """Images (B, 3, H, W) with the patches of each one in its own random order."""
     patches = F.unfold(images, patch, stride=patch)  # (B, 3 * patch^2, N)
     order = torch.rand(len(patches), 1, patches.shape[-1], device=images.device).argsort(dim=-1)
     return F.fold(patches.gather(-1, order.expand_as(patches)), images.shape[-2:], patch, stride=patch)

@@ -1,13 +1,13 @@
-"""Runs the experiments, keeps their results in lab/results/, and writes the README's tables from these.
+"""Run the experiments, store their results in lab/results/, and write the README's tables from them.
 
-    python -m lab.experiments bearing bearing-corner        # on a CPU: minutes a run
-    python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour a run
-    python -m lab.experiments table2 --minutes 25           # on a GPU: stops by itself, and goes on when called again
+    python -m lab.experiments bearing bearing-corner        # on a CPU: minutes per run
+    python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour per run
+    python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
     python -m lab.experiments --report                      # the README's tables, from lab/results/
 
-A set is a list of runs, the most important first. Each is a `python train.py` and, for some sets, a
-`python -m lab.evaluate`; then it has a row in lab/results/<set>.csv, which quotes the command, and is not run again.
-Run folders stay in runs/, so that a run that was cut short continues where it was.
+A set is a list of runs, most important first. Each calls `python train.py` and, in some sets,
+`python -m lab.evaluate`. It then has a row in lab/results/<set>.csv, which includes the command, and is not run again.
+Run folders stay in runs/, so that an interrupted run continues where it stopped.
 """
 
 import sys
@@ -46,13 +46,13 @@ def bearing(dataset, seeds, encodings=ENCODINGS, **flags):
     return [{"pe": pe, "seed": seed, "dataset": dataset, **flags} for seed in seeds for pe in encodings]
 
 
-# The short schedule first, then the paper's: with the three encodings that it compares most closely, then with all.
+# The short schedule first, then the paper's: first for the three encodings that it compares most closely, then for all.
 TABLE2 = cifar(50) + cifar(400, ["mixed", "spherical-learned", "axial"]) + cifar(400)
 TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0], fraction=fraction)]
-# For those who have no GPU: the ViT that learns bearing.
+# Feasible without a GPU: the ViT of bearing.
 PLAIN_VIT = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
 SMALL = cifar(4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
-# One frequency or a range of them, for an encoding that is equivariant and for one that is not.
+# One frequency or a range of them, for one equivariant encoding and one that is not.
 RANGES = [(1, 0.5), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
 FREQUENCIES = [
     {**run, "pos-scale": scale, "pe-options": f"theta={theta}"}
@@ -60,7 +60,7 @@ FREQUENCIES = [
     for theta, scale in RANGES
     for run in bearing("bearing-corner", [seed], ["axial", "spherical"], pool="mean")
 ]
-SETS = {  # runs, each one a dict of train.py's flags, in order of worth; and evaluate.py's flags, if it has a part
+SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate.py's flags, if it is run
     "bearing": (bearing("bearing", range(6)), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (
         [run for pool in ("mean", "cls") for run in bearing("bearing-corner", range(12), pool=pool)],
@@ -79,11 +79,11 @@ SAME = {"figure3": "table2"}  # the same runs, tested at other sizes
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS | SAME)}")
-    parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop before that much time is over")
+    parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop within this time")
     parser.add_argument("--report", action="store_true", help="write the README's tables from results/")
     args = parser.parse_args(argv)
     if unknown := set(args.sets) - set(SETS | SAME):
-        parser.error(f"there is no set {', '.join(unknown)}: take {', '.join(SETS | SAME)}")
+        parser.error(f"there is no set {', '.join(unknown)}: choose from {', '.join(SETS | SAME)}")
     if not args.sets and not args.report:
         parser.error(f"nothing to do: name a set ({', '.join(SETS | SAME)}) or add --report")
     deadline = time.monotonic() + 60 * args.minutes
@@ -101,7 +101,7 @@ def main(argv=None):
 
 
 class Stopped(Exception):
-    """Why no more is run, and the exit code."""
+    """Why the runs stop, and the exit code."""
 
     def __init__(self, why, code=0):
         super().__init__(why)
@@ -109,15 +109,15 @@ class Stopped(Exception):
 
 
 def run_set(name, deadline):
-    """Train and evaluate what results/<name>.csv has no row of, one after another; raises Stopped at the deadline."""
+    """Train and evaluate each run that has no row in results/<name>.csv; raises Stopped at the deadline."""
     runs, evaluation = SETS[name]
-    rate = 0  # seconds an epoch, the slowest so far
+    rate = 0  # seconds per epoch, the slowest so far
     for flags in runs:
         if any(matches(row, flags) for row in read(name)):
             continue
         start, epochs = time.monotonic(), flags.get("epochs", 1)
         if start + rate * epochs > deadline:
-            raise Stopped("There is no time for another run. The same command goes on.")
+            raise Stopped("There is no time for another run. Repeat the command to continue.")
         out = Path("runs", ",".join(f"{flag}={value}" for flag, value in flags.items()))
         train = ["train.py", *as_flags(flags)]
         resume = ["--resume"] if (out / "last.pt").exists() else []
@@ -143,18 +143,18 @@ def interrupt(number, frame):
 
 
 def call(script, deadline):
-    """Run one of our scripts to its end; at the deadline, or by a signal, it is asked to save and stop."""
+    """Run one of our scripts; at the deadline or after a signal, ask it to save and stop."""
     process = subprocess.Popen(
         [sys.executable, ROOT / script[0], *script[1:]], process_group=0
-    )  # gets signals from here
+    )  # gets signals only from us
     try:
         process.wait(None if deadline == math.inf else max(0, deadline - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
         process.terminate()
         process.wait()
         if isinstance(e, KeyboardInterrupt):
-            raise Stopped("Stopped. The same command goes on.", 128 + e.args[0]) from None
-        raise Stopped("The time is over. The same command goes on.") from None
+            raise Stopped("Stopped. Repeat the command to continue.", 128 + e.args[0]) from None
+        raise Stopped("Time is up. Repeat the command to continue.") from None
     if process.returncode:
         raise Stopped(f"error: {shlex.join(script)} failed", process.returncode)
 
@@ -176,7 +176,7 @@ def read(name):
 
 def append(name, row):
     rows = [*read(name), row]
-    longest = sorted(rows, key=len, reverse=True)  # an encoding that is told no positions lacks some columns
+    longest = sorted(rows, key=len, reverse=True)  # an encoding without positions lacks some columns
     columns = list(dict.fromkeys(column for row in longest for column in row))
     RESULTS.mkdir(exist_ok=True)
     write_csv(RESULTS / f"{name}.csv", rows, columns)
@@ -186,12 +186,12 @@ def matches(row, flags):
     return all(row.get(flag) == str(value) for flag, value in flags.items())
 
 
-# The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row an encoding.
+# The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row per encoding.
 
-PUBLISHED = {  # van de Geijn et al. 2025: the title of a column and what stands there
+PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
     "cost": (
         "training step, published",
-        {  # their table 9, seconds on an A100, as ratios to the 3.9 of ape
+        {  # their table 9, seconds on an A100, relative to ape's 3.9
             "ape": "1",
             "axial": "1.67",
             "axial-learned": "1.46",
@@ -231,12 +231,12 @@ PUBLISHED = {  # van de Geijn et al. 2025: the title of a column and what stands
 
 
 def values(name, column="accuracy", **flags):
-    """A column of lab/results/<name>.csv, of the rows that these flags made."""
+    """A column of lab/results/<name>.csv, from the rows that match these flags."""
     return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
 
 
 def mean_and_interval(numbers):
-    """The mean and its 95 % interval, by bootstrap over the seeds; None of nothing."""
+    """The mean and its 95 % interval, by bootstrap over the seeds; None if there are no numbers."""
     if not numbers:
         return None
     low, high = interval(numbers)
@@ -244,34 +244,34 @@ def mean_and_interval(numbers):
 
 
 def interval(numbers):
-    """The 95 % interval of the mean: 2.5 % of the means of samples drawn from the numbers are below, 2.5 % above."""
+    """The 95 % bootstrap interval of the mean: the 2.5 % and 97.5 % percentiles of resampled means."""
     draws = np.random.default_rng(0).choice(numbers, size=(10_000, len(numbers)))
     return np.percentile(draws.mean(axis=1), [2.5, 97.5])
 
 
 def permutation_test(a, b):
-    """How likely is it by chance that the means of two groups differ as much as those of a and b: two-sided p.
+    """Two-sided p: the probability that the means of two random groups differ at least as much as those of a and b.
 
-    Of all ways to divide the numbers into groups of these sizes, or of 100,000 at random if there are more.
+    Over all splits of the numbers into groups of these sizes, or over 100,000 random ones if there are more.
     """
     numbers, n = np.array([*a, *b]), len(a)
     if math.comb(len(numbers), n) <= 100_000:
         groups = np.array(list(itertools.combinations(range(len(numbers)), n)))
     else:
         groups = np.random.default_rng(0).random((100_000, len(numbers))).argsort(axis=1)[:, :n]
-        groups[0] = range(n)  # the one at hand is one of them
+        groups[0] = range(n)  # the observed split is one of them
     of_group = numbers[groups].sum(axis=1)
     differences = np.abs(of_group / n - (numbers.sum() - of_group) / (len(numbers) - n))
     return float(np.mean(differences >= differences[0] - 1e-9))
 
 
 def measured(name, column="accuracy", **flags):
-    """What a table says of an encoding: the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
+    """-> cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
     return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
 
 
 def cost(file, what, **sizes):
-    """A ratio that lab.benchmark wrote into lab/results/<file>.json, with its quartiles if it is of times."""
+    """-> cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
 
     def cell(pe):
         path = RESULTS / f"{file}.json"
@@ -287,7 +287,7 @@ def cost(file, what, **sizes):
 
 
 def seeds(name, **flags):
-    """How many runs there were of it."""
+    """-> cell(pe): the number of runs."""
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
@@ -299,7 +299,7 @@ def sizes(name, *pixels):
 
 
 def shifts(name):
-    """The columns of accuracies where positions are shifted, which only an encoding can notice."""
+    """The columns of accuracies with shifted positions, which only rotary encodings see."""
     found = {"all by 4": "shift 4", "all by 16": "shift 16"}
     found |= {"patches by 1": "patch shift 1", "patches by 4": "patch shift 4"}
     return [(title, measured(name, column)) for title, column in found.items()]
@@ -312,7 +312,7 @@ def corner(pool):
     return [*columns, ("seeds", seeds("bearing-corner", pool=pool))]
 
 
-TABLES = {  # name: its columns, each one a title and what was measured of an encoding, None or "" for nothing
+TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
     "table2": [
         ("400 epochs", measured("table2", epochs=400)),
         ("seeds", seeds("table2", epochs=400)),
@@ -354,7 +354,7 @@ TABLES = {  # name: its columns, each one a title and what was measured of an en
 
 
 def peers():
-    """Rows of our encodings beside other implementations."""
+    """Rows that compare our encodings with other implementations."""
     path = RESULTS / "peers-cpu.json"
     with reading(path):
         rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "base": str, "ratio": NUMBER}])
@@ -386,7 +386,7 @@ def frequency_range(pe, theta, scale):
 
 
 def corner_test():
-    """Rows of the claim that equivariant encodings do better in the opposite corner."""
+    """Rows that test whether equivariant encodings do better in the opposite corner."""
     lines = []
     for pool in "mean", "cls":
         found = {pe: values("bearing-corner", "region lower right", pe=pe, pool=pool) for pe in ENCODINGS}
@@ -408,7 +408,7 @@ def corner_test():
 
 
 def is_equivariant(pe):
-    """What the encoding's file promises, and tests/test_equivariance.py proves."""
+    """Whether the encoding's docstring says so; tests/test_equivariance.py verifies it."""
     make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
     return "not equivariant" not in sys.modules[make.__module__].__doc__
 
@@ -426,14 +426,14 @@ def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
             _, found, after = rest.partition(end)
             if not found or name not in TABLES | OTHER_TABLES:
                 names = ", ".join(TABLES | OTHER_TABLES)
-                raise UserError(f"{path} has {start.strip()} without {end} behind it, or its name is not in {names}")
+                raise UserError(f"{path} has {start.strip()} without {end} after it, or its name is not in {names}")
             text = before + start + table(name) + end + after
         with replacing(path) as tmp:
             tmp.write_text(text)
 
 
 def table(name):
-    """The table in Markdown; nothing where nothing was measured."""
+    """The table in Markdown; empty if nothing was measured."""
     lines = OTHER_TABLES[name]() if name in OTHER_TABLES else of_encodings(name)
     return "".join(
         f"| {' | '.join(line)} |\n" for line in [*lines[:1], *[["---"] * len(line) for line in lines[:1]], *lines[1:]]
@@ -441,7 +441,7 @@ def table(name):
 
 
 def of_encodings(name):
-    """A row for each encoding and a column for each title of which something was measured."""
+    """A row per encoding and a column per title, where anything was measured."""
     found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
     found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
     if not found:

@@ -1,13 +1,13 @@
-"""Pictures: what the encodings do, and what came of training with them.
+"""Figures: what the encodings do, and the results of training with them.
 
-    python -m lab.figures            # the encodings as they begin, and lab/results/bearing-*.csv
+    python -m lab.figures            # the encodings at initialisation, and lab/results/bearing-*.csv
     python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
 The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner and
 bearing-frequencies, the second one curves, learned-frequencies, sizes, shifts and cost, as PNGs into lab/figures/.
-Sizes and shifts need what lab.evaluate has found. Of several seeds, lines show the mean, bands go from the lowest to
-the highest. Each picture is a function that returns a Figure, or None if there is nothing to show, after the paper's
-(van de Geijn et al. 2025, arXiv 2511.08368) where a figure is named.
+Sizes and shifts need the results of lab.evaluate. With several seeds, lines show the mean and bands the range. Each
+picture is a function that returns a Figure, or None if there is nothing to show. Figure numbers are those of the paper
+(van de Geijn et al. 2025, arXiv 2511.08368).
 """
 
 import sys
@@ -43,7 +43,7 @@ from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 from vit import ENCODINGS
 
-# Okabe and Ito's colours, which colour-blind eyes can tell apart.
+# Okabe and Ito's palette, safe for colour-blind readers.
 COLOURS = BLUE, ORANGE, RED, PURPLE, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9"
 GREY, PALE = "#777777", "#cccccc"
 SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "white", RED])
@@ -74,13 +74,13 @@ def main(argv=None):
             if figure:
                 with replacing(path) as tmp:
                     write_film(tmp, figure) if isgenerator(figure) else figure.savefig(tmp, format="png")
-        print(path if figure else f"{path} is left out: there is nothing to show in it", flush=True)
+        print(path if figure else f"{path} is skipped: there is nothing to show", flush=True)
     if lacking := [str(run.folder) for run in runs if not run.evaluation]:
-        print(f"To have them in sizes and shifts, too: python -m lab.evaluate {shlex.join(lacking)}", file=sys.stderr)
+        print(f"To include all runs in sizes and shifts: python -m lab.evaluate {shlex.join(lacking)}", file=sys.stderr)
 
 
 def write_film(path, figures):
-    """Figures as the frames of a GIF, in the first one's colours, which takes a third of the space."""
+    """Write figures as the frames of a GIF with the first one's palette, which takes a third of the space."""
     frames = []
     for figure in figures:
         buffer = io.BytesIO()
@@ -91,7 +91,7 @@ def write_film(path, figures):
 
 
 def titled(title, height, width=9):
-    """An empty figure, in inches; at a width of 9 its text is legible on a page of 800 pixels."""
+    """An empty figure, sizes in inches; at a width of 9 its text is legible on a page of 800 pixels."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
@@ -101,11 +101,11 @@ def titled(title, height, width=9):
 
 
 def encodings(head_dim, num_heads=1):
-    """{name: encoding} of all that turn queries and keys, as they begin, the equivariant ones first."""
+    """{name: encoding} of all rotary encodings at initialisation, the equivariant ones first."""
     ropes = {}
     for pe, make in ENCODINGS.items():
-        torch.manual_seed(18)  # with which every group that attention() shows turns visibly
-        if make is LieRE:  # whose head is a single group, if not in blocks
+        torch.manual_seed(18)  # a seed at which every group in attention() turns visibly
+        if make is LieRE:  # without blocks, its head is a single group
             ropes["liere, b = 8"] = LieRE(head_dim, num_heads, block_size=8)
         if make is not None:
             ropes[pe] = make(head_dim, num_heads)
@@ -134,7 +134,7 @@ def channel_groups(rope):
 
 @torch.no_grad()
 def patterns(rope, pos):
-    """Scores of a random query at 0 with itself as key at pos (T, 2): (groups + 1, T), the last of the whole head.
+    """Scores of a random query at 0 with itself as the key at pos (T, 2): (groups + 1, T), the last for the whole head.
 
     Relative to the query's squared norm in these channels: the cosine of the angle by which R turns it.
     """
@@ -149,21 +149,21 @@ def patterns(rope, pos):
 def equivariance_error(rope, p, q):
     """|R(p)^T R(q) - R(q - p)| for p (2,) and q (T, 2): (T,) spectral norms, from 0 to 2, of the worst head.
 
-    That is the most by which the score of a query and a key of norm 1 at p and q can differ from theirs at 0 and q - p.
+    The largest difference between the score of a query and a key of norm 1 at p and q and their score at 0 and q - p.
     """
     difference = rope.rotation(p[None]).mT @ rope.rotation(q) - rope.rotation(q - p)
     return torch.linalg.matrix_norm(difference, ord=2).amax(dim=0)
 
 
 def equivariant(rope):
-    """Whether R(p)^T R(q) = R(q - p), by trial."""
+    """Whether R(p)^T R(q) = R(q - p), at random positions."""
     p, q = torch.randn(2, 16, 2, dtype=torch.float64)
     return bool(equivariance_error(rope, p[0], q).max() < 1e-6)
 
 
 @torch.no_grad()
 def walk(rope, z, *steps):
-    """The way of z (D,) while R(s step), s from 0 to 1, turns it by one step (2,) after another: (steps, 60, D)."""
+    """The path of z (D,) as R(s step), s from 0 to 1, turns it by each step (2,) in turn: (steps, 60, D)."""
     s, paths = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None], []
     for step in steps:
         paths.append(rope.rotation(s * torch.tensor(step, dtype=torch.float64))[0] @ z)
@@ -175,12 +175,12 @@ def walk(rope, z, *steps):
 def frequencies(rope):
     """(w_x, w_y) of each head's groups (H or 1, 2, groups) in radians per unit of position; None if it has none.
 
-    A block of ComRoPE is b / 2 pairs in another basis, with eigenvalues of theta_x B and theta_y B for frequencies.
+    A ComRoPE block is b / 2 pairs in another basis; its frequencies are the eigenvalues of theta_x B and theta_y B.
     """
     if isinstance(rope, ComRoPE):
         w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w
         return torch.einsum("mk,hkl->hmkl", rope.factors(w.dtype), w).flatten(2)
-    if isinstance(rope, AxialRoPE):  # half of the pairs know x, the others y
+    if isinstance(rope, AxialRoPE):  # half of the pairs encode x, the others y
         return torch.stack([torch.block_diag(*w) for w in rope.frequencies()[:, :, None].unbind()])
     if isinstance(rope, SphericalRoPE):
         return rope.frequencies().clone()
@@ -191,9 +191,9 @@ def frequencies(rope):
 
 
 def attention():
-    """What a query in the centre sees: axial groups stripes along an axis, others waves in any direction (figure 1)."""
+    """Scores of a query in the centre: axial groups show stripes along an axis, others oblique waves (figure 1)."""
     n, ropes = 81, encodings(48)
-    figure = titled("Axial encodings and comrope-ap see along one axis per group, all others obliquely", 4.2)
+    figure = titled("Each axial and comrope-ap group varies along one axis, all others obliquely", 4.2)
     rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
@@ -203,27 +203,27 @@ def attention():
             axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
         column[0].set_title(name.replace("-", "\n").replace(", ", "\n"))
         if not groups:
-            column[1].text(0.5, 0.5, "a head\nis one\ngroup", color=GREY, ha="center", va="center")
+            column[1].text(0.5, 0.5, "the head\nis one\ngroup", color=GREY, ha="center", va="center")
     for axes in rows.flat:
         axes.set(xticks=[], yticks=[], box_aspect=1)
         axes.spines[:].set_visible(False)
     for axes, label in zip(rows[:, 0], ["a group", "another", "a third", "the head"], strict=True):
         axes.set_ylabel(label)
     figure.colorbar(image, ax=rows, label="score / |q|²", ticks=[-1, 0, 1], shrink=0.6, aspect=25, pad=0.01)
-    about = "place of the key, equal to the query in the centre; dashed: as wide as a training image"
+    about = "position of the key, a copy of the query in the centre; dashed: extent of a training image"
     figure.supxlabel(about, fontsize=10)
     return figure
 
 
 def order():
-    """Two ways to one place: on the circle they end at one point, on the sphere they do not (figure 2)."""
+    """Two paths to one position: on the circle they end at the same point, on the sphere they do not (figure 2)."""
     mixed, spherical = MixedRoPE(2, 1), SphericalRoPE(3, 1)
     mixed.freqs.data = torch.tensor([[[1.0], [0.6]]])
     pair, triplet = (torch.tensor(z, dtype=torch.float64) for z in ((0.28, -0.96), (0.70, -0.35, 0.62)))
-    figure = titled("On a circle the order of two turns does not matter, on a sphere it does", 3.8)
+    figure = titled("On a circle the order of two rotations does not matter, on a sphere it does", 3.8)
     plane, circle, sphere = panels = figure.subplots(1, 3)
-    plane.set_title("Two ways to one place:\nx, then y; y, then x.")
-    circle.set_title("They turn a pair of Mixed RoPE\nto one and the same angle ...")
+    plane.set_title("Two paths to one position:\nx, then y; y, then x.")
+    circle.set_title("They turn a pair of Mixed RoPE\nto the same angle ...")
     sphere.set_title("... but a triplet of Spherical RoPE\nto two points far apart.")
     for axes in panels:
         axes.set(aspect="equal", xticks=[], yticks=[])
@@ -273,7 +273,7 @@ def all_frequencies():
         axes.set_title(name)
     for axes in panels.flat[len(shown) :]:
         axes.axis("off")
-    about = "a dot: a pair or triplet,\nb / 2 in a ComRoPE\nblock; a colour: a head;\nblack: all heads alike"
+    about = "one dot per pair or triplet,\nb / 2 per ComRoPE block;\none colour per head;\nblack: all heads alike"
     panels[-1, -1].text(0, 0.5, about, va="center", color=GREY, transform=panels[-1, -1].transAxes)
     figure.supxlabel("$w_x$, radians per unit of position", fontsize=10)
     for axes in panels[:, 0]:
@@ -293,12 +293,12 @@ def scatter(axes, w):
 def equivariance():
     """Where R(p)^T R(q) is not R(q - p): nowhere for equivariant encodings.
 
-    LieRE is right for q on the line through p and the origin, Spherical RoPE for q above or below p, as it yaws last.
+    LieRE is exact for q on the line through p and the origin, Spherical RoPE for q above or below p, as it yaws last.
     """
     n, ropes = 61, encodings(24)
     kinds = {kind: [name for name in ropes if equivariant(ropes[name]) == kind] for kind in (True, False)}
     p = math.pi * torch.tensor([0.5, 0.25], dtype=torch.float64)
-    figure = titled("All scores know how far apart tokens are; spherical and LieRE also where", 3.9)
+    figure = titled("Scores depend on relative positions; with spherical and LieRE also on absolute ones", 3.9)
     panels = figure.subplots(2, max(len(kinds[True]), len(kinds[False]) + 1))  # one is for text
     for axes in panels.flat:
         axes.axis("off")
@@ -314,16 +314,16 @@ def equivariance():
             axes.set(title=name, xticks=[], yticks=[], xlabel=f"up to {error.max():.2g}")
         row[0].set_ylabel("equivariant" if kind else "not equivariant")
     figure.colorbar(image, ax=panels, label="|R(p)ᵀR(q) - R(q - p)|", ticks=[0, 1, 2], shrink=0.8, pad=0.01)
-    about = "p is the plus, q any place\nin a training image; white:\nR(p)ᵀR(q) = R(q - p)"
+    about = "plus: p; q is any place in\na training image; white:\nR(p)ᵀR(q) = R(q - p)"
     panels[1, len(kinds[False])].text(0, 0.5, about, va="center", color=GREY, in_layout=False)
     return figure
 
 
 @torch.no_grad()
 def moving_query(frames=40):
-    """Yields a figure that changes: a query wanders over the image, beneath it its scores with equal keys everywhere.
+    """Yield a figure that changes: a query moves across the map of its scores with equal keys at all positions.
 
-    One group of a head, and the whole head. Patterns of equivariant encodings move along, those of others change shape.
+    For one group of a head and the whole head. Equivariant patterns move with the query, others change shape.
     """
     n, names = 45, ("axial", "mixed", "comrope-ld", "spherical", "liere, b = 8")
     ropes = {name: rope for name, rope in encodings(24).items() if name in names}
@@ -341,7 +341,7 @@ def moving_query(frames=40):
         column[0].set_title(f"{name}\n{'equivariant' if equivariant(rope) else 'not equivariant'}")
     for axes, label in zip(rows[:, 0], ["a group", "the head"], strict=True):
         axes.set_ylabel(label)
-    about = "the dot: the query; orange: where a key scores high, blue: low; dashed: as wide as a training image"
+    about = "dot: query; orange: high score for a key there, blue: low; dashed: extent of a training image"
     figure.supxlabel(about, fontsize=10)
     for angle in torch.linspace(0, 2 * math.pi, frames + 1, dtype=torch.float64)[:-1]:
         p = 0.75 * math.pi * torch.stack([angle.sin(), (2 * angle).sin()])
@@ -350,13 +350,13 @@ def moving_query(frames=40):
             image.set_data((products[:, group].sum(dim=1) / z[list(group)].square().sum()).view(n, n))
             dot.set_data(*(p / math.pi)[:, None])
         yield figure
-        figure.set_layout_engine("none")  # the first frame's stays
+        figure.set_layout_engine("none")  # keep that of the first frame
 
 
 def bearing_corner():
-    """Accuracy in the corner that training did not show, of lab/results/bearing-corner.csv.
+    """Accuracy in the corner that training did not show, from lab/results/bearing-corner.csv.
 
-    A dot for each run, a stroke for their mean and a line for its 95 % interval.
+    One dot per run, a tick for the mean and a line for its 95 % interval.
     """
     rows, ropes, kinds = experiments.read("bearing-corner"), encodings(24), {}
     if not rows:
@@ -383,17 +383,17 @@ def bearing_corner():
         axes.tick_params(length=0)
     figure.align_ylabels(panels)
     panels[0].legend(title="the classifier reads", loc="upper right")
-    panels[-1].set_xlabel("accuracy in the opposite corner (%); the line is chance")
+    panels[-1].set_xlabel("accuracy in the opposite corner (%); line: chance")
     return figure
 
 
 def bearing_frequencies():
-    """The same by an encoding's frequencies, of lab/results/bearing-frequencies.csv: one, or a range of them."""
+    """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
     rows = experiments.read("bearing-frequencies")
     if not rows:
         return None
     ranges = [(f"theta={theta}", str(scale)) for theta, scale in experiments.RANGES]
-    figure = titled("Frequencies decide what axial carries over; spherical carries over little with any", 3.6)
+    figure = titled("How well axial transfers depends on its frequencies; spherical never transfers well", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
         for place, (theta, scale) in enumerate(ranges):
@@ -410,21 +410,21 @@ def bearing_frequencies():
     return figure
 
 
-# What came of training.
+# The results of training.
 
 
 def read_runs(folders):
-    """What is known of each run. Raises UserError if a folder has no run, or if the runs cannot be compared."""
+    """Read all runs. Raises UserError if a folder has no run, or if the runs cannot be compared."""
     runs = sorted(map(what_is_known, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
     flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "pe_options"})
     if differ := [flag for flag in flags if len({run.config.get(flag) for run in runs}) > 1]:
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in differ)
-        raise UserError(f"these runs differ in {what}: name runs that differ in encoding and seed alone")
+        raise UserError(f"these runs differ in {what}: name runs that differ only in encoding and seed")
     return runs
 
 
 def what_is_known(folder):
-    """What last.pt, result.json and evaluation.json say; {} for one of the latter that is not there."""
+    """The content of last.pt, result.json and evaluation.json; {} if one of the latter two is missing."""
     saved, model = read_run(folder)
     config = saved["config"]
     name = ", ".join([config["pe"], *(f"{option} = {value}" for option, value in config["pe_options"].items())])
@@ -433,7 +433,7 @@ def what_is_known(folder):
 
 
 def by_name(runs, values):
-    """{name: {x: [y of each seed]}} of values(run) = {x: y}, for the x that all seeds have."""
+    """{name: {x: [y of each seed]}} from values(run) = {x: y}, for the x that all seeds have."""
     seeds = defaultdict(list)
     for run in runs:
         if points := values(run):
@@ -454,7 +454,7 @@ def ranked(entries):
 
 
 def look(name):
-    """A colour for each class of encodings, a line and a marker for each variant."""
+    """One colour per class of encodings, one line style and marker per variant."""
     pe, _, options = name.partition(",")
     classes = {pe: getattr(make, "func", make) for pe, make in ENCODINGS.items()}
     variant = [other for other in classes if classes[other] == classes[pe]].index(pe) + 2 * bool(options)
@@ -465,7 +465,7 @@ def look(name):
 
 
 def lines(title, *panels):
-    """Accuracies by x; a panel is its label of x and what by_name has found. -> the figure, its axes."""
+    """Plot accuracy against x. A panel is an x label and a result of by_name. -> the figure, its axes."""
     figure = titled(title, 4.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, found) in zip(all_axes, panels, strict=True):
@@ -479,7 +479,7 @@ def lines(title, *panels):
 
 
 def finish(panels):
-    """The label of y, and a legend beside the panels, in the order in which the first one's lines end."""
+    """Add the y label and a legend beside the panels, in the order of the line ends in the first panel."""
     panels[0].set_ylabel("test accuracy (%)")
     entries = zip(*panels[0].get_legend_handles_labels(), strict=True)
     ends = sorted(entries, key=lambda entry: entry[0].get_ydata()[-1], reverse=True)
@@ -497,7 +497,7 @@ def curves(runs):
 
 
 def sizes(runs):
-    """Test accuracy by the size of the images, patches kept (figure 3)."""
+    """Test accuracy by image size, at the same patch size (figure 3)."""
     model = runs[0].model
     trained = model.grid * model.patch_embed.proj.stride[0]
 
@@ -508,7 +508,7 @@ def sizes(runs):
     if found := by_name(runs, values):
         size, first = best(found)
         title = f"Best at {size} pixels: {ranked(first)}"
-        figure, [axes] = lines(title, ("side of the test images in pixels; the line: of the training images", found))
+        figure, [axes] = lines(title, ("side of the test images in pixels; line: of the training images", found))
         axes.axvline(trained, color=PALE, zorder=0)
         axes.set_xticks(sorted(set().union(*found.values())))
         return figure
@@ -537,7 +537,7 @@ def shifts(runs):
 
 
 def cost(runs):
-    """Test accuracy by the time of training, a marker a run; for runs that were made on one kind of device."""
+    """Test accuracy by training time, one marker per run, if all runs used the same kind of device."""
     done = [run for run in runs if run.result]
     if len({run.result["device"] for run in done}) == 1:
         fastest = max(run.result["images_per_second"] for run in done)
@@ -545,11 +545,11 @@ def cost(runs):
         accuracy = by_name(done, lambda run: {"": run.result["test_accuracy"]})
         _, first = best(accuracy)
         dearest = max(mean(points[""]) for points in time.values())
-        figure = titled(f"Best: {ranked(first[:1])}; times differ by up to {dearest:.2f}", 4.2)
+        figure = titled(f"Best: {ranked(first[:1])}; times differ by a factor of up to {dearest:.2f}", 4.2)
         axes = figure.subplots()
         for name in time:
             axes.plot(time[name][""], accuracy[name][""], label=name, **look(name) | {"linestyle": ""})
-        axes.set_xlabel("time for an image in training, the fastest run = 1")
+        axes.set_xlabel("training time per image, fastest run = 1")
         finish([axes])
         return figure
 
@@ -572,7 +572,7 @@ def learned_frequencies(runs):
                 scatter(axes, w[layer])
         for axes, layer in zip(panels[:, 0], layers, strict=True):
             axes.set_ylabel(f"layer {layer + 1}\n$w_y$")
-        figure.supxlabel("$w_x$, radians per unit of position; a colour for each head", fontsize=10)
+        figure.supxlabel("$w_x$, radians per unit of position; one colour per head", fontsize=10)
         return figure
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: each is written under a temporary name, then renamed."""
+"""Atomic files: each is written under a temporary name, then renamed."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from lab.distributed import RANK
 
 @contextmanager
 def replacing(path):
-    """Gives a temporary path, which becomes `path` if the block succeeds and vanishes if it does not."""
+    """Yield a temporary path, which is renamed to `path` if the block succeeds and deleted if it fails."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         yield tmp
@@ -28,7 +28,7 @@ def replacing(path):
 
 
 def make_folder(path, flag="--out"):
-    """Make the folder that a script was given by a flag, with its parents, unless it is there."""
+    """Create the folder that a flag names, and its parents, if it does not exist."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -37,9 +37,9 @@ def make_folder(path, flag="--out"):
 
 @contextmanager
 def locked(folder, flag="--out", wait=False):
-    """Make the folder, and keep other runs out of this block: they wait, or get a UserError. Rank 0 does it for all.
+    """Create the folder and lock it in this block: other runs wait, or get a UserError. Rank 0 locks it for all ranks.
 
-    The lock ends with its process, however that ends. There is none on Windows, and where the file system has none.
+    The lock ends with its process, even if that is killed. Windows and some file systems have no locks.
     """
     if RANK:
         yield
@@ -51,7 +51,7 @@ def locked(folder, flag="--out", wait=False):
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as e:  # the latter on some systems
-            raise UserError(f"another run writes to {folder}: choose another folder with {flag}") from e
+            raise UserError(f"another run is writing to {folder}: choose another folder with {flag}") from e
         except OSError:
             pass
         try:
@@ -66,11 +66,11 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """What write_json wrote, a dict; {} if there is no such file."""
+    """The dict that write_json wrote; {} if there is no such file."""
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (TypeError, ValueError) as e:
-        raise UserError(f"{path} is corrupt ({e}): move it away, and have it made again") from e
+        raise UserError(f"{path} is corrupt ({e}): move it away, and generate it again") from e
 
 
 def write_csv(path, rows, columns):

@@ -1,18 +1,18 @@
-"""ImageNet, or whatever images lie in folders like ImageNet's: read by worker processes, augmented on the device.
+"""ImageNet, or any images in folders like ImageNet's: read by worker processes, augmented on the device.
 
     root/train/<class>/<image>        root/val/<class>/<image>        .jpeg .jpg .png .bmp .webp
 
     data = ImageNet(root, batch_size=512, augment="mix", device="cuda", workers=8)
-    images, targets = data.train_batch(step)        # as with the data sets of data.py; best asked for step by step
+    images, targets = data.train_batch(step)        # as in data.py; fastest if steps are consecutive
     for images, labels in data.test_batches(): ...
 
-Decoding JPEGs can take longer than training on them, so no more is decoded than is needed. The crop is chosen first, by
-the size in the header. A JPEG holds blocks of 8 x 8 frequencies: without the higher ones the same image comes out at
-1/2, 1/4 or 1/8 of its size, and sooner. The smallest that leaves the crop S pixels a side is decoded, then cropped and
-resized at once. Bytes go to the device, where whole batches are flipped, coloured, mixed and normalised.
+Decoding JPEGs can take longer than training on them, so as little as possible is decoded. The crop is chosen first,
+from the size in the header. A JPEG stores blocks of 8 x 8 frequencies: without the higher ones, it decodes to 1/2, 1/4
+or 1/8 of its size, and faster. The smallest size that leaves the crop at least S pixels per side is decoded, then
+cropped and resized in one step. uint8 batches go to the device, which flips, colours, mixes and normalises them.
 
-Which part of which image a sample is depends on the seed, the step and its place in the batch alone: not on how many
-workers there are, nor on how many processes (world_size) train on a part of each batch.
+Which crop of which image a sample is depends only on the seed, the step and its place in the batch: not on the number
+of workers, nor on the number of processes (world_size) that share each batch.
 """
 
 import itertools
@@ -37,10 +37,10 @@ from lab.data import Dataset, batch_indices
 from lab.distributed import LOCAL_WORLD_SIZE
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
-FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no other, whatever a file is called: for some, Pillow starts programs
-TRIES = 100  # with so many unreadable images in a row, it is not the images
+FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no others, whatever the file name: for some, Pillow starts programs
+TRIES = 100  # after so many unreadable images in a row, something else is wrong
 ORIENTATION = 0x0112  # in EXIF data
-UPRIGHT = {  # what mends an orientation
+UPRIGHT = {  # the transposition that undoes each orientation
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -49,16 +49,16 @@ UPRIGHT = {  # what mends an orientation
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # of odd EXIF data, which is read as far as it goes
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd EXIF data is read as far as possible
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: they also wait for disks
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large images; Pillow refuses huge ones
 
 
 class ImageNet(Dataset):
-    """fraction < 1 trains on a part of the images, the same for every seed; limit_classes keeps the first ones by name.
+    """fraction < 1 trains on a subset of the images, the same for every seed; limit_classes keeps the first by name.
 
-    An image that cannot be read is a UserError, or if skip_damaged, replaced by another one in training and left out of
-    the test; damaged holds the paths of such files that this process (rank) has met.
+    An unreadable image raises a UserError. With skip_damaged it is instead replaced by another one in training and left
+    out of the test; damaged holds the paths of such files that this rank has met.
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -84,7 +84,7 @@ class ImageNet(Dataset):
             find_images(folder, classes) for folder in (train, val)
         )
         if self.rank == 0 and left_out + more:
-            print(f"{left_out + more} files and folders among the images are left out: no {', '.join(SUFFIXES)}")
+            print(f"{left_out + more} files and folders among the images are ignored: not {', '.join(SUFFIXES)} files")
         part = np.random.default_rng(0).permutation(len(files))[: max(1, round(fraction * len(files)))]
         self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
@@ -97,7 +97,7 @@ class ImageNet(Dataset):
     def train_batch(self, step):
         """-> images (B / world_size, 3, S, S), labels (B / world_size,) or soft targets (B / world_size, num_classes).
 
-        The workers read ahead, so the next step's images are there soon, while any other step is a new start.
+        Workers read ahead, so the next step's images are ready soon; asking for any other step restarts them.
         """
         if step != self.next_step:
             self.batches = self.results(self.train, self.train_jobs(step))
@@ -105,22 +105,22 @@ class ImageNet(Dataset):
         self.next_step = step + 1
         if self.augment != "none":
             images = 255 * flip_and_color(images / 255, self.rank, self.world_size)
-        if self.augment == "mix":  # partners are of the same process
+        if self.augment == "mix":  # partners are on the same rank
             images, targets = mix(images, targets, self.num_classes)
         return self.normalise(images), targets
 
     def test_batches(self, batch_size=100, img_size=None):
-        """This rank's share of the test images, each once: the middle of the image, 7/8 of its shorter side."""
+        """Yield this rank's part of the test images, each once: a centre crop of 7/8 of the shorter side."""
         reader = replace(self.test, S=img_size or self.img_size)
         for images, labels in self.results(reader, self.test_jobs(batch_size)):
-            if len(labels):  # else all of them were damaged
+            if len(labels):  # else all of them were corrupt
                 yield self.normalise(images), labels
 
     def train_jobs(self, start):
-        """What Reader is to read for this rank's part of step start, start + 1 and so on, without an end."""
+        """Endless jobs for Reader: this rank's part of step start, start + 1 and so on."""
         B, n, seed = self.batch_size, len(self.train.files), self.seed
         places = range(self.rank, B, self.world_size)
-        return (  # without self in it, data is freed when it is let go of, and its workers end in an orderly way
+        return (  # without a reference to self, so that deleting the data set ends its workers in an orderly way
             (batch_indices(step, B, n, seed)[places], [(seed, step, place) for place in places])
             for step in itertools.count(start)
         )
@@ -132,31 +132,31 @@ class ImageNet(Dataset):
             yield part, [None] * len(part)
 
     def results(self, reader, jobs):
-        """Yields images (B, 3, S, S) uint8 and labels (B,), on the device, of all jobs in order; a worker does each."""
+        """Yield images (B, 3, S, S) uint8 and labels (B,) of all jobs in order, on the device. Workers run the jobs."""
         ahead = 2 * self.workers * LOCAL_WORLD_SIZE * max(100, self.rank_batch_size) * 3 * reader.S**2  # bytes
         shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
         if ahead > shared:
             raise UserError(
-                f"shared memory (/dev/shm) has {shared >> 20} MB, and {self.workers} workers that read ahead need "
-                f"{ahead >> 20}: use fewer --workers, or 0, a smaller --batch-size, or docker run --shm-size"
+                f"shared memory (/dev/shm) has {shared >> 20} MB, but {self.workers} workers that read ahead need "
+                f"{ahead >> 20}: use fewer --workers (or 0), a smaller --batch-size, or docker run --shm-size"
             )
         loader = DataLoader(
             reader,
             batch_size=None,
             sampler=jobs,
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",  # a copy from there is one that the host need not wait for
+            pin_memory=self.device.type == "cuda",  # copies from there are asynchronous
             worker_init_fn=set_signals,
-            generator=torch.Generator(),  # or it draws from the global one at its start, and a resumed step differs
+            generator=torch.Generator(),  # else it draws from the global one when it starts, and a resumed step differs
         )
         return received(loader, self.device, self.damaged)  # without self, so that workers end with the data set
 
 
 def received(loader, device, damaged):
-    """What workers read -> images (B, 3, S, S) uint8 and labels (B,), on the device. Paths are added to damaged."""
+    """Yield images (B, 3, S, S) uint8 and labels (B,) on the device. Adds the paths of unreadable files to damaged."""
     batches = iter(loader)
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises anywhere, also amid an update
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler can raise anywhere, even during an update
     while (batch := next_batch(batches)) is not None:
         if isinstance(batch, str):
             raise UserError(batch)
@@ -167,56 +167,60 @@ def received(loader, device, damaged):
 
 
 def next_batch(batches):
-    """What a worker has read, None at the end; a UserError where it was killed, in whatever way that shows."""
+    """The next batch from a worker, None at the end. Raises a UserError if the worker was killed."""
     try:
         return next(batches, None)
     except (RuntimeError, EOFError, OSError) as e:
-        raise UserError(f"a worker ended ({first_line(e)}): memory may be short, try fewer --workers") from e
+        raise UserError(f"a worker died ({first_line(e)}): memory may be short, try fewer --workers") from e
 
 
 def set_signals(worker):
-    """Ctrl-C reaches all processes. The main one decides when to stop, and may want more images until then."""
+    """Ctrl-C reaches all processes. The main one decides when to stop, and may need more images until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the main one ends this one; not its own handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process ends this one; not the main one's handler
 
 
 def find_classes(train, val, limit):
-    """-> the names of the classes. A class's label is its place among them."""
+    """-> the class names. A class's label is its index."""
     for folder in train, val:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not there: --data-dir must be a folder with train/<class>/ and val/<class>/")
-    names, tested = ({entry.name for entry in listed(folder) if entry.is_dir()} for folder in (train, val))
+            raise UserError(f"{folder} does not exist: --data-dir must be a folder of train/<class>/ and val/<class>/")
+    names, tested = ({entry.name for entry in listed(folder) if os.path.isdir(entry)} for folder in (train, val))
     classes = sorted(names)
     if not classes:
-        raise UserError(f"{train} has no classes: put the images of each class into a folder of its own there")
+        raise UserError(f"{train} has no classes: put the images of each class into their own folder there")
     if limit is not None and not 1 <= limit <= len(classes):
         raise UserError(f"{train} has {len(classes)} classes: --limit-classes must be from 1 to that, not {limit}")
     for name in sorted(names ^ tested if limit is None else set(classes[:limit]) - tested):
         missing = (val if name in names else train) / name
-        raise UserError(f"{missing} is not there: train and val must have folders for the same classes")
+        raise UserError(f"{missing} does not exist: train and val must have folders for the same classes")
     return classes[:limit]
 
 
 def listed(folder):
-    """What is in a folder and not hidden: notebooks and Macs leave .ipynb_checkpoints and ._names behind."""
+    """Entries of a folder that are not hidden: notebooks and Macs leave .ipynb_checkpoints and ._names behind."""
     try:
         return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except OSError as e:
         raise UserError(f"cannot list {folder} ({e.strerror}): make it readable, or move it away") from e
 
 
-def find_images(folder, classes):
-    """-> files "class/name" (N,) as bytes, labels (N,), and how many other things lie beside them.
+def is_file(entry):
+    return os.path.isfile(entry) if entry.is_symlink() else entry.is_file()  # a link may go in a circle
 
-    An array is one object. Of a list, each worker would come to copy every string, by counting the references to it.
+
+def find_images(folder, classes):
+    """-> files "class/name" (N,) as bytes, labels (N,), and the number of other entries.
+
+    Files are one array, because reference counting would make each worker copy every string of a list.
     """
     files, labels, left_out = [], [], 0
     for label, c in enumerate(classes):
         entries = listed(folder / c)
-        names = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file())
+        names = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and is_file(e))
         left_out += len(entries) - len(names)
         if not names:
-            raise UserError(f"{folder / c} has no images: give it some that end in {', '.join(SUFFIXES)}")
+            raise UserError(f"{folder / c} has no images: add some that end in {', '.join(SUFFIXES)}")
         files += [os.fsencode(f"{c}/{name}") for name in names]
         labels += [label] * len(names)
     return np.array(files), np.array(labels), left_out
@@ -224,7 +228,7 @@ def find_images(folder, classes):
 
 @dataclass
 class Reader:
-    """What a worker needs to know: images, their labels, and what is to become of them."""
+    """What a worker needs: image files, their labels and how to read them."""
 
     folder: Path
     files: np.ndarray
@@ -234,9 +238,9 @@ class Reader:
     skip_damaged: bool
 
     def __getitem__(self, job):
-        """Which images (B,), and a seed for each, or None in a test -> (B, S, S, 3) uint8, labels (B,), damaged files.
+        """Indices (B,) and a seed for each (None in a test) -> (B, S, S, 3) uint8, labels (B,), paths of corrupt files.
 
-        Or what is wrong, as a text: an error raised here would arrive with this process's traceback in it.
+        Or an error message, a str: an error raised here would arrive with this process's traceback in it.
         """
         images, labels, damaged = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
         for i, seed in zip(*job, strict=True):
@@ -247,33 +251,33 @@ class Reader:
                     images[len(labels)] = load(path, self.S, random if self.augment else None)
                     labels.append(self.labels[i])
                     break
-                except Exception as e:  # a damaged file can fail in any way
+                except Exception as e:  # a corrupt file can fail in any way
                     if not self.skip_damaged:
                         why = f"{type(e).__name__}: {e}"
-                        return f"cannot read {path} ({why}): mend it, delete it, or use --skip-damaged"
+                        return f"cannot read {path} ({why}): fix it, delete it, or use --skip-damaged"
                 damaged.append(str(path))
                 if random is None:
                     break
                 i = random.integers(len(self.files))
             else:
-                return f"cannot read {path}, nor {TRIES - 1} others tried before: is {self.folder} whole?"
+                return f"cannot read {path}, nor the {TRIES - 1} images tried before it: check {self.folder}"
         return images[: len(labels)], np.array(labels, dtype=np.int64), damaged
 
 
 def load(path, S, random=None):
-    """A part of an image, S x S: (S, S, 3) uint8. Which part is drawn from random, or without that, the middle.
+    """A crop of an image, resized to (S, S, 3) uint8: drawn from random, or the centre crop if random is None.
 
-    It is chosen as the image is stored, and turned upright last: the draw is the same for rows and for columns.
+    It is chosen in the image as stored and turned upright last: rows and columns have the same distribution.
     """
     with Image.open(path, formats=FORMATS) as image:
         box = random_crop(*image.size, random) if random else centre_crop(*image.size, S)
         reduced = max((r for r in (2, 4, 8) if r * S <= min(box[2] - box[0], box[3] - box[1])), default=1)
-        if reduced > 1 and image.draft(None, (image.width // reduced, image.height // reduced)):  # it is a JPEG
+        if reduced > 1 and image.draft(None, (image.width // reduced, image.height // reduced)):  # true for a JPEG
             box = [x / reduced for x in box]
         part = opaque(image).resize((S, S), Image.BICUBIC, box)
         try:
             upright = UPRIGHT.get(image.getexif().get(ORIENTATION))
-        except Exception:  # broken EXIF data can fail in any way, beside a whole picture
+        except Exception:  # corrupt EXIF data can fail in any way, even in an intact image
             upright = None
     return np.asarray((part if upright is None else part.transpose(upright)).convert("RGB"))
 
@@ -281,8 +285,8 @@ def load(path, S, random=None):
 def random_crop(width, height, random):
     """-> left, top, right, bottom in whole pixels: area 0.08 to 1, width / height 3/4 to 4/3, log-uniform.
 
-    As torchvision's RandomResizedCrop: the first of ten tries that fits in the image, and if none does, the middle of
-    it, as much as a ratio of 3/4 to 4/3 allows.
+    As torchvision's RandomResizedCrop: the first of ten tries that fits in the image, or if none does, the largest
+    centre crop with a ratio of 3/4 to 4/3.
     """
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
@@ -297,17 +301,17 @@ def random_crop(width, height, random):
 
 
 def centre_crop(width, height, S):
-    """-> left, top, right, bottom: the middle S x S of the image, were its shorter side resized to S / 0.875."""
+    """-> left, top, right, bottom: the centre S x S after the shorter side is resized to S / 0.875."""
     side = min(width, height) * S / round(S / 0.875)
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
 def opaque(image):
-    """An image of any mode -> RGB, or L, which is resized in a third of the time. What is transparent lies on white."""
+    """An image of any mode -> RGB, or L, which resizes three times as fast. Transparency becomes white."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "RGBA" and image.format == "BMP" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")  # the fourth byte of such files means nothing
+        image = image.convert("RGB")  # the fourth byte of such files is unused
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

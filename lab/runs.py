@@ -1,4 +1,4 @@
-"""A run: its data set, its model and its accuracy; what train.py writes into its folder, and all scripts read there."""
+"""A run: its data set, model and accuracy, and the files in its folder, which train.py writes and all scripts read."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ DATASETS = {"cifar100": CIFAR100, "imagenet": ImageNet, "bearing": Bearing, "bea
 
 
 def make_vit(**options):
-    """A ViT; its own word on an option that cannot be is a UserError."""
+    """A ViT; an invalid option raises a UserError with the ViT's own message."""
     try:
         return ViT(**options)
     except (TypeError, ValueError) as e:
@@ -29,9 +29,9 @@ def make_vit(**options):
 
 @torch.no_grad()
 def accuracy(model, batches, amp, pos=lambda: None):
-    """The percentage of the batches' images that the model gets right, all ranks' batches taken together; NaN of none.
+    """Accuracy (%) of the model on the batches of all ranks together; NaN if there are no images.
 
-    pos() gives each batch's positions (T, 2).
+    pos() returns each batch's positions (T, 2), or None for the model's own.
     """
     model.eval()
     count = torch.zeros(2, dtype=torch.int64, device=next(model.parameters()).device)  # correct, tested
@@ -44,22 +44,22 @@ def accuracy(model, batches, amp, pos=lambda: None):
 
 
 def check_folder(folder):
-    """Raise a UserError if a new run would overwrite what is there."""
+    """Raise a UserError if a new run would overwrite existing files."""
     if (folder / "last.pt").exists():
         raise UserError(f"{folder} holds a run: add --resume to continue it, or choose another folder with --out")
-    for path in folder / "config.json", folder / "result.json":  # also of a run that was killed before it was saved
+    for path in folder / "config.json", folder / "result.json":  # also left by a run killed before its first checkpoint
         if path.exists() and "pe" not in read_json(path):
-            raise UserError(f"{path} is not of a run: choose another folder with --out")
+            raise UserError(f"{path} does not belong to a run: choose another folder with --out")
 
 
 def then_resume(folder):
-    """The end of a message, where there is something to resume."""
+    """The end of a message, if there is something to resume."""
     return ", then continue with --resume" if (folder / "last.pt").exists() else ""
 
 
 def write_config(folder, config):
     write_json(folder / "config.json", config)
-    for name in "result.json", "evaluation.json":  # of a run whose checkpoint is gone
+    for name in "result.json", "evaluation.json":  # left by a run whose checkpoint is gone
         (folder / name).unlink(missing_ok=True)
 
 
@@ -74,11 +74,11 @@ def finite(weights):
 
 
 def save_checkpoint(folder, config, model, optimizer, state):
-    """Write last.pt and curves.png. config is what decides the run's result, state a dict that is kept as it is."""
-    (folder / "evaluation.json").unlink(missing_ok=True)  # of the weights that are replaced here
+    """Write last.pt and curves.png. config holds what determines the result; state is a dict saved as is."""
+    (folder / "evaluation.json").unlink(missing_ok=True)  # it describes the weights that are replaced here
     saved = {"config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | state
     buffer = io.BytesIO()
-    torch.save(saved, buffer)  # not to the disk: if that is full, torch.save hides it behind a RuntimeError
+    torch.save(saved, buffer)  # not to disk: torch.save hides a full disk behind a RuntimeError
     with replacing(folder / "last.pt") as tmp:
         tmp.write_bytes(buffer.getbuffer())
     if state["log"]:
@@ -86,7 +86,7 @@ def save_checkpoint(folder, config, model, optimizer, state):
 
 
 def load_checkpoint(folder, config, model, optimizer, state):
-    """Fill in model, optimizer and state from last.pt, or raise a UserError that says why not."""
+    """Load model, optimizer and state from last.pt, or raise a UserError."""
     if not (folder / "last.pt").is_file():
         raise UserError(
             f"there is no {folder}/last.pt to continue: leave --resume out, or name a run's folder with --out"
@@ -96,7 +96,7 @@ def load_checkpoint(folder, config, model, optimizer, state):
         names = ("the data set" if name == "data_set" else f"--{name.replace('_', '-')}" for name in changed)
         pairs = (f"was {saved['config'].get(name)}, is {config[name]}" for name in changed)
         differ = ", ".join(map(" ".join, zip(names, pairs, strict=True)))
-        raise UserError(f"{folder / 'last.pt'} is of another configuration: {differ}")
+        raise UserError(f"{folder / 'last.pt'} has another configuration: {differ}")
     with reading(folder / "last.pt"):
         model.load_state_dict(saved["model"])
         groups = optimizer.state_dict()["param_groups"]  # this run's
@@ -104,7 +104,7 @@ def load_checkpoint(folder, config, model, optimizer, state):
         for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)) if saved["step"] else ():
             moments = optimizer.state[p]
             for name, like in ("step", torch.zeros((), device=p.device)), ("exp_avg", p), ("exp_avg_sq", p):
-                if moments[name].shape != like.shape:  # fused kernels do not look at it, nor at strides
+                if moments[name].shape != like.shape:  # fused kernels check neither shapes nor strides
                     raise ValueError(f"{name} is {tuple(moments[name].shape)}, not {tuple(like.shape)}")
                 moments[name] = torch.zeros_like(like).copy_(moments[name])
         saved["totals"] = state["totals"].copy_(saved["totals"])
@@ -112,7 +112,7 @@ def load_checkpoint(folder, config, model, optimizer, state):
 
 
 def read_run(folder, device="cpu"):
-    """The folder of a run -> what its last.pt holds, and its model."""
+    """A run's folder -> the content of its last.pt, and its model."""
     saved = read_checkpoint(folder, device)
     with reading(folder / "last.pt"):
         model = make_vit(**saved["vit"]).to(device)
@@ -120,7 +120,7 @@ def read_run(folder, device="cpu"):
     return saved, model
 
 
-# What train.py and lab.evaluate write, and what it must have: names, and the type or names of what they stand for.
+# What the files of train.py and lab.evaluate must contain: names, and the types or names of their values.
 NUMBER = int, float
 CHECKPOINT = {
     "config": {"pe": str, "dataset": str, "seed": int, "epochs": int, "pe_options": dict, "data_set": str},
@@ -138,14 +138,14 @@ RESULT |= dict.fromkeys(("test_accuracy", "train_seconds", "images_per_second"),
 
 
 def read_checkpoint(folder, device):
-    """What last.pt holds. Raises a UserError unless that is whole, and the weights in it are finite."""
+    """The content of last.pt. Raises a UserError if it is corrupt or its weights are not finite."""
     path = folder / "last.pt"
     if not path.is_file():
         raise UserError(f"there is no {path}: name folders that train.py has written")
     content = io.BytesIO(path.read_bytes())
     with reading(path), warnings.catch_warnings(action="ignore"):
-        if damaged := zipfile.ZipFile(content).testzip():  # torch does not look at checksums
-            raise ValueError(f"damage in {damaged}")
+        if damaged := zipfile.ZipFile(content).testzip():  # torch does not verify checksums
+            raise ValueError(f"bad checksum of {damaged}")
         content.seek(0)
         saved = torch.load(content, map_location=device, weights_only=True)
         require(saved, CHECKPOINT)
@@ -155,17 +155,17 @@ def read_checkpoint(folder, device):
 
 
 def read_result(folder):
-    """What result.json holds; {} if the run has not ended."""
+    """The content of result.json; {} if the run has not finished."""
     path = folder / "result.json"
     with reading(path):
         result = require(read_json(path), RESULT) if path.exists() else {}
         if result and not result["images_per_second"] > 0:
-            raise ValueError("no images per second")
+            raise ValueError("images_per_second is not positive")
         return result
 
 
 def read_evaluation(folder):
-    """What evaluation.json holds, {kind: {which: accuracy}}; {} if the run has not been evaluated."""
+    """The content of evaluation.json, {kind: {which: accuracy}}; {} if the run has not been evaluated."""
     path = folder / "evaluation.json"
     with reading(path):
         found = read_json(path)
@@ -180,7 +180,7 @@ def read_evaluation(folder):
 
 
 def require(content, pattern):
-    """content, if it has the names and types of the pattern; raises TypeError, KeyError or ValueError otherwise."""
+    """Return content if it has the pattern's names and types, else raise TypeError, KeyError or ValueError."""
     if isinstance(pattern, dict):
         for name, of_value in pattern.items():
             require(content[name], of_value)
@@ -188,24 +188,24 @@ def require(content, pattern):
         for item in content:
             require(item, *pattern)
     elif not isinstance(content, pattern) or (pattern is NUMBER and not math.isfinite(content)):
-        raise TypeError(f"{content!r:.20} stands in the wrong place")
+        raise TypeError(f"unexpected value {content!r:.20}")
     return content
 
 
 @contextmanager
 def reading(path):
-    """What fails in the block fails because the file at `path`, which was read, is corrupt: a UserError says so."""
+    """Turn any error in the block into a UserError that says that the file at `path`, read there, is corrupt."""
     try:
         yield
     except Exception as e:  # a corrupt file can fail in any way
         if isinstance(e, UserError) or is_out_of_memory(e):
             raise
-        raise UserError(f"{path} is corrupt, or not of this train.py ({first_line(e)}): restore it from a copy") from e
+        raise UserError(f"{path} is corrupt, or of another version ({first_line(e)}): restore it from a copy") from e
 
 
 def plot_curves(path, title, log):
     """Loss and accuracy over the epochs, a PNG."""
-    from matplotlib.figure import Figure  # takes half a second, and is not needed before
+    from matplotlib.figure import Figure  # here because it takes half a second
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -173,7 +173,7 @@ def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
 def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
     Path("folder").mkdir()
     for why, *flags in (
-        ("no part speed: take step, inference", "speed"),
+        ("no part speed: choose from step, inference", "speed"),
         ("--pe", "--pe", "rope"),
         ("--pe axial has no option 'block_size'", "--pe", "liere", "axial", "--pe-options", "block_size=4"),
         ("multiple of --patch-size = 4, not 18", "--img-size=18"),
@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("--device meta cannot be used", "--device=meta"),
         ("head_dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
         ("multiple of 4 for peers, not 18", "peers", "--pe", "axial", "--head-dim=18"),
-        ("none ape has no part in alone", "alone", "--pe", "none", "ape"),
+        ("none ape has nothing to measure in alone", "alone", "--pe", "none", "ape"),
         ("--photos", "decoding", "--photos=nowhere"),
     ):
         assert why in complaint(capsys, benchmark.main, *TINY, *flags)

@@ -152,7 +152,7 @@ def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "LOCAL_WORLD_SIZE", 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     line = complaint(capsys, train.main, *FLAGS, "--device=cuda", "--out=none")
-    assert "4 processes need as many GPUs, here are 2: change --nproc_per_node" in line
+    assert "4 processes need a GPU each, found 2: change --nproc_per_node" in line
 
 
 def test_the_loss_of_a_process_that_said_why_is_not_reported_again(monkeypatch, capsys):

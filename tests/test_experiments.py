@@ -82,7 +82,7 @@ def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
         assert ("no time for another run" in capsys.readouterr().err) == (len(done) < 3)
 
 
-@pytest.mark.parametrize("number, why, code", [(0, "time is over", 0), (2, "Stopped", 130), (15, "Stopped", 143)])
+@pytest.mark.parametrize("number, why, code", [(0, "Time is up", 0), (2, "Stopped", 130), (15, "Stopped", 143)])
 def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
     class Process(subprocess.Popen):
         def wait(self, timeout=None):
@@ -107,7 +107,7 @@ def test_a_failed_run_stops_the_set_and_the_report_is_still_written(capsys, monk
 
 
 def test_impossible_flags_get_one_line(capsys):
-    assert "there is no set table8: take" in complaint(capsys, experiments.main, "table8")
+    assert "there is no set table8: choose from" in complaint(capsys, experiments.main, "table8")
     assert "name a set" in complaint(capsys, experiments.main)
     assert "--minutes" in complaint(capsys, experiments.main, "table2", "--minutes=0")
 
@@ -198,7 +198,7 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
         path.write_text(text)
         if name:
             Path(name).write_bytes(b"\xff\xfe{\n garbage")
-        with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> behind it"):
+        with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> after it"):
             experiments.report([path])
         assert path.read_text() == text
     path.unlink()

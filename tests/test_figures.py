@@ -157,7 +157,7 @@ def test_runs_are_drawn_and_those_not_evaluated_are_named(capsys, monkeypatch):
     monkeypatch.setitem(ENCODINGS, "sixth", partial(ENCODINGS["liere"], block_size=4))
     runs = [trained("mixed"), trained("sixth"), trained("none")]
     found, printed = drawn(capsys, *runs)
-    assert list(found) == ["curves", "learned-frequencies", "cost"] and printed.count("is left out") == 2
+    assert list(found) == ["curves", "learned-frequencies", "cost"] and printed.count("is skipped") == 2
     assert "python -m lab.evaluate none-0 mixed-0 sixth-0\n" in printed
     assert evaluate.main([*runs, "--device=cpu", "--sizes", "24", "64", "--shift", "1", "--patch-shift", "2"]) == 0
     found, printed = drawn(capsys, *runs)

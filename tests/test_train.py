@@ -248,7 +248,7 @@ def test_a_damaged_image_stops_the_run_with_its_path_or_is_skipped(capsys):
     line = bad(capsys, *FOLDERS, "--out=a")
     assert "in/train/b/3.jpeg" in line and "--skip-damaged" in line and "--resume" in line
     assert run(*FOLDERS, "--out=a", "--skip-damaged", "--resume") == 0
-    assert "1 damaged" in capsys.readouterr().out
+    assert "corrupt images skipped: 1" in capsys.readouterr().out
     Path("in/val/b/3.jpeg").write_bytes(b"no image")
     assert evaluate.main(["a", "--data-dir=in", "--shuffle"]) == 0  # as the run left out
     line = complaint(capsys, evaluate.main, "a", "--data-dir=elsewhere")
@@ -276,21 +276,21 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--opt sgd", "choose from"),
         ("--dataset mnist", "choose from"),
         ("--epoch 3", "--epoch"),
-        ("--epochs 0", "--epochs: must be an integer from 1 up, not 0"),
-        ("--epochs 1.5", "--epochs: must be an integer from 1 up, not 1.5"),
-        ("--lr 0", "--lr: must be a number above 0, not 0"),
-        ("--lr nan", "--lr: must be a number above 0, not nan"),
-        ("--weight-decay -1", "from 0 up"),
-        ("--dropout 1", "--dropout: must be a number from 0 up to 0.9"),
+        ("--epochs 0", "--epochs: must be an integer >= 1, not 0"),
+        ("--epochs 1.5", "--epochs: must be an integer >= 1, not 1.5"),
+        ("--lr 0", "--lr: must be a number > 0, not 0"),
+        ("--lr nan", "--lr: must be a number > 0, not nan"),
+        ("--weight-decay -1", "must be a number >= 0, not -1"),
+        ("--dropout 1", "--dropout: must be a number >= 0 and <= 0.9"),
         ("--seed " + "9" * 400, "--seed: is too large: 9"),
-        ("--fraction 1.5", "above 0 to 1"),
+        ("--fraction 1.5", "> 0 and <= 1"),
         ("--fraction 0.5", "leave --fraction out"),
         ("--augment mix", "leave --augment out"),
         ("--workers 2", "--workers is for --dataset imagenet"),
         ("--skip-damaged", "--skip-damaged is for --dataset imagenet"),
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
         ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
-        ("--micro-batch 5", "--micro-batch must divide the 16 images of a process: try 4"),
+        ("--micro-batch 5", "--micro-batch must divide the 16 images per process: try 4"),
         ("--jitter 1 --pe ape", "leave --jitter out"),
         ("--pe axial --pe-options block_size=4", "axial has no option 'block_size': it has learned, uniform, theta"),
         ("--pe ape --pe-options theta=4", "--pe ape has no option 'theta': it has none"),
@@ -302,7 +302,7 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--epochs 1" + "0" * 300, "--epochs: is too large"),
         ("--opt lamb --lr 1e39", "--lr: is too large: 1e39"),
         ("--layer-scale 1e39", "--layer-scale: is too large"),
-        ("--batch-size 1000000000000000", "memory is full: try a smaller --batch-size"),
+        ("--batch-size 1000000000000000", "out of memory: try a smaller --batch-size"),
         ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
@@ -342,7 +342,7 @@ def test_two_runs_cannot_share_a_folder_and_a_killed_one_does_not_block_it(capsy
         [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        assert "another run writes to a: choose another folder with --out" in bad(capsys, "--out=a")
+        assert "another run is writing to a: choose another folder with --out" in bad(capsys, "--out=a")
         other.kill()
     assert run("--out=a") == 0 and not Path("a/.lock").exists()
 
@@ -352,11 +352,11 @@ def test_a_folder_of_something_else_is_left_as_it_is(name, capsys):
     path = Path("a", name)
     path.parent.mkdir()
     path.write_text('{"model": "mine"}')
-    assert f"{path} is not of a run: choose another folder with --out" in bad(capsys, "--out=a")
+    assert f"{path} does not belong to a run: choose another folder with --out" in bad(capsys, "--out=a")
     assert os.listdir("a") == [name] and path.read_text() == '{"model": "mine"}'
 
 
-@pytest.mark.parametrize("dataset, why", [("cifar100", "cannot download"), ("imagenet", "data/train is not there")])
+@pytest.mark.parametrize("dataset, why", [("cifar100", "cannot download"), ("imagenet", "data/train does not exist")])
 def test_on_a_cpu_a_large_data_set_wants_a_gpu_or_suggests_bearing(dataset, why, capsys, monkeypatch):
     monkeypatch.setattr(data, "CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
     assert run(f"--dataset={dataset}") == 2
@@ -444,7 +444,7 @@ def test_only_a_checkpoint_that_was_read_whole_is_called_corrupt(capsys):
     resume = *FOLDERS, "--out=a", "--resume"
     assert re.search("data set was 24 .* of 3 classes .*, is 16 .* of 2 classes", bad(capsys, *resume))
     assert "was trained on 24" in complaint(capsys, evaluate.main, "a", "--data-dir=in")
-    for error, says in (MemoryError(), "memory is full"), (OSError(5, "Input/output error"), "Input/output error"):
+    for error, says in (MemoryError(), "out of memory"), (OSError(5, "Input/output error"), "Input/output error"):
         with before(Path, "read_bytes", Mock(side_effect=error)):
             assert says in bad(capsys, *resume)
 
