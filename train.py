@@ -234,7 +234,7 @@ def main(argv=None):
                 test_accuracy = accuracy(model, stop.watch(data.test_batches(img_size=args.eval_size)), args.amp)
                 stop.raise_if_stopped()
                 if math.isnan(test_accuracy):
-                    raise UserError(f"no test image in {args.data_dir} could be read: fix the files, then use --resume")
+                    raise UserError(f"no test image could be read: check --data-dir{runs.then_resume(args.out)}")
                 row = {
                     "epoch": epoch + 1,
                     "lr": learning_rate(args, state["step"] - 1, steps_per_epoch),

@@ -474,7 +474,7 @@ def test_there_is_no_result_without_a_tested_image(capsys):
     assert run(*FOLDERS, "--out=a", "--epochs=1") == 0
     for path in Path("in/val").rglob("*.jpeg"):
         path.write_bytes(b"no image")
-    assert "no test image in in could be read" in bad(capsys, *FOLDERS, "--out=b", "--skip-damaged")
+    assert "no test image could be read: check --data-dir\n" in bad(capsys, *FOLDERS, "--out=b", "--skip-damaged")
     assert not Path("b/result.json").exists()
 
 
