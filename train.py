@@ -7,8 +7,7 @@
 
 A run writes config.json, log.csv (one row per epoch), curves.png, last.pt and finally result.json to
 runs/<dataset>-<pe>-s<seed>/. Ctrl-C or SIGTERM stops it after the current step. The same command with --resume
-continues it, also after a crash and with any number of GPUs. On a CPU the result is the same to the last bit, because
-each step draws from generators seeded with the run's seed and the step number.
+continues it, also after a crash and with any number of GPUs: on a CPU, to the same result, bit for bit.
 """
 
 import lab  # noqa: F401  # isort: skip  (first: from here on Ctrl-C shows no traceback)
@@ -136,7 +135,7 @@ def main(argv=None):
     micro_batch = args.micro_batch or data.rank_batch_size
     parts, rest = divmod(data.rank_batch_size, micro_batch)
     if rest:
-        fits = max(n for n in range(1, micro_batch) if data.rank_batch_size % n == 0)
+        fits = max(n for n in range(1, min(micro_batch, data.rank_batch_size)) if data.rank_batch_size % n == 0)
         raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images per process: try {fits}")
 
     # The model and its optimizer
@@ -157,7 +156,8 @@ def main(argv=None):
     state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     config["data_set"] = data.contents
-    runs.load_checkpoint(args.out, config, model, optimizer, state) if args.resume else runs.check_folder(args.out)
+    with locked(args.out):  # while no other run writes there
+        runs.load_checkpoint(args.out, config, model, optimizer, state) if args.resume else runs.check_folder(args.out)
     with rank_0_first():  # rank 0 downloads
         data.load()
     if args.compile:
@@ -257,10 +257,10 @@ def main(argv=None):
             if state["step"] or not cli.is_out_of_memory(e.__cause__):
                 save()
             cleanup()
-            if isinstance(e.__cause__, UserError | OSError):  # an image that cannot be read
-                raise UserError(f"{e.__cause__}{runs.then_resume(args.out)}") from e
-            if e.__cause__:
+            if e.__cause__ and not isinstance(e.__cause__, UserError | OSError):
                 raise e.__cause__ from None
+            if e.args:  # an image that some rank cannot read
+                raise UserError(f"{e.args[0]}{runs.then_resume(args.out)}") from e
             if RANK == 0:
                 print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
             return 128 + (stop.signal or signal.SIGINT)

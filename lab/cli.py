@@ -38,7 +38,9 @@ def one_line_errors(main):
                 print("Stopped at once.", file=sys.stderr)
                 return 130
             except Exception as e:
-                if WORLD_SIZE > 1 and "by peer" in str(e):  # another rank ended, and printed why
+                if (
+                    WORLD_SIZE > 1 and isinstance(e, RuntimeError) and "by peer" in str(e)
+                ):  # another rank ended, and printed why
                     return 1
                 if (why := explanation(e)) is None:
                     raise
@@ -61,7 +63,8 @@ def explanation(e):
 
 
 def is_out_of_memory(e):
-    return isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+    words = "can't allocate memory", "ALLOC_FAILED"  # torch on a CPU, cuBLAS
+    return isinstance(e, MemoryError | torch.OutOfMemoryError) or any(word in str(e) for word in words)
 
 
 def first_line(e):
@@ -137,7 +140,7 @@ def parse_options(words, pe, make):
             raise UserError(f"--pe {pe} has no option {name!r}: it has {', '.join(known) or 'none'}")
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a word, such as init=uniform
+        except (SyntaxError, TypeError, ValueError):  # a word, such as init=uniform
             value = text
         like = known[name]
         if like is not None and type(value) is not type(like) and (type(like), type(value)) != (float, int):

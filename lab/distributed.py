@@ -139,6 +139,7 @@ class Stop:
             self.error = e
 
     def raise_if_stopped(self):
-        """If any rank has a reason to stop, raise Stopped on all, with its own error as the cause."""
+        """If any rank has a reason to stop, raise Stopped on all: with all ranks' errors, its own one as the cause."""
         if any_rank(self.signal or self.error):
-            raise Stopped from None if self.signal else self.error
+            error = None if self.signal else self.error
+            raise Stopped(*sorted(union({str(error)} if error else set()))) from error

@@ -29,7 +29,7 @@ import numpy as np
 
 from lab.cli import Parser, UserError, number, one_line_errors
 from lab.distributed import on_signals
-from lab.files import read_json, replacing, write_csv
+from lab.files import locked, read_json, replacing, write_csv
 from lab.runs import NUMBER, read_evaluation, read_result, reading, require
 from vit import ENCODINGS
 
@@ -175,11 +175,11 @@ def read(name):
 
 
 def append(name, row):
-    rows = [*read(name), row]
-    longest = sorted(rows, key=len, reverse=True)  # an encoding without positions lacks some columns
-    columns = list(dict.fromkeys(column for row in longest for column in row))
-    RESULTS.mkdir(exist_ok=True)
-    write_csv(RESULTS / f"{name}.csv", rows, columns)
+    with locked(RESULTS, wait=True):  # several sets may run at once
+        rows = [*read(name), row]
+        longest = sorted(rows, key=len, reverse=True)  # an encoding without positions lacks some columns
+        columns = list(dict.fromkeys(column for row in longest for column in row))
+        write_csv(RESULTS / f"{name}.csv", rows, columns)
 
 
 def matches(row, flags):

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 try:
     import fcntl
@@ -57,7 +57,10 @@ def locked(folder, flag="--out", wait=False):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            if not wait:  # else those who wait would lock a file that is no longer there
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # if it is still empty
 
 
 def write_json(path, content):

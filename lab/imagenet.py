@@ -171,6 +171,8 @@ def next_batch(batches):
     try:
         return next(batches, None)
     except (RuntimeError, EOFError, OSError) as e:
+        if isinstance(e, RuntimeError) and not str(e).startswith(("DataLoader worker", "Pin memory thread exited")):
+            raise
         raise UserError(f"a worker died ({first_line(e)}): memory may be short, try fewer --workers") from e
 
 

@@ -58,6 +58,7 @@ def then_resume(folder):
 
 
 def write_config(folder, config):
+    check_folder(folder)
     write_json(folder / "config.json", config)
     for name in "result.json", "evaluation.json":  # left by a run whose checkpoint is gone
         (folder / name).unlink(missing_ok=True)

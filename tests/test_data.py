@@ -62,7 +62,7 @@ def test_cifar_is_downloaded_once_and_read_as_it_was_packed(cifar):
     assert np.array_equal(task.test_images.flatten(1).numpy(), test[b"data"])
     assert task.test_labels.tolist() == test[b"fine_labels"]
     assert {i.numpy().tobytes() for i in task.images} == {i.tobytes() for i in train[b"data"]}
-    assert sorted(os.listdir(DATA)) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+    assert sorted(os.listdir(DATA)) == [".lock", "cifar-100-python", "cifar-100-python.tar.gz"]
 
 
 @pytest.mark.parametrize("damage", [None, lambda raw: raw[:-100], lambda raw: raw[:500] + b"!" + raw[501:]])
@@ -72,7 +72,7 @@ def test_a_failed_download_says_why_and_leaves_nothing(archive, damage):
     why = "is truncated or altered: run again" if damage else "cannot download .* and run again"
     with pytest.raises(UserError, match=f"^[^\n]*{why}[^\n]*$"):
         CIFAR100(DATA, batch_size=10).load()
-    assert not DATA.exists() or not os.listdir(DATA)
+    assert not DATA.exists() or os.listdir(DATA) == [".lock"]
 
 
 def test_an_archive_that_is_there_is_read_or_if_corrupt_left_alone(archive):
@@ -95,7 +95,7 @@ def test_two_runs_can_unpack_one_archive_at_once(archive):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert sorted(os.listdir(DATA)) == ["cifar-100-python", ARCHIVE.name]
+    assert sorted(os.listdir(DATA)) == [".lock", "cifar-100-python", ARCHIVE.name]
 
 
 def test_an_archive_cannot_write_outside_its_folder(archive):

@@ -70,10 +70,13 @@ def started():
         path.write_bytes(b"no image")
     shutil.copytree("in/train/a", "broken/train/aa")  # so that some batches are whole
     shutil.copytree("in/val/a", "broken/val/aa")
+    shutil.copytree("in", "odd")
+    Path("odd/val/a/1.jpeg").write_bytes(b"no image")  # which only rank 1 reads
     return {
         "stopped": torchrun(*FLAGS, "--out=stopped", SIGNAL="SIGINT"),
         "killed": torchrun(*FLAGS, "--out=killed", "--epochs=1000", SIGNAL="SIGKILL"),
         "damaged": torchrun(*FLAGS, "--out=damaged", "--data-dir=broken"),
+        "odd": torchrun(*FLAGS, "--out=odd-run", "--data-dir=odd"),
     }
 
 
@@ -107,6 +110,11 @@ def test_a_damaged_image_on_one_process_stops_both_and_saves_all(started):
     errors = re.findall("^error: .*", err, re.MULTILINE)
     assert 1 <= len(errors) <= 2 and all("cannot read broken/train/a/" in e and "--resume" in e for e in errors)
     assert Path("damaged/last.pt").exists() and not Path("damaged/result.json").exists()
+
+
+def test_an_image_that_only_rank_1_cannot_read_is_named(started):
+    _, err = started["odd"].communicate()
+    assert re.search("^error: cannot read odd/val/a/1.jpeg .*, then continue with --resume$", err, re.MULTILINE), err
 
 
 def test_a_killed_process_ends_the_other(started):
@@ -159,3 +167,5 @@ def test_the_loss_of_a_process_that_said_why_is_not_reported_again(monkeypatch, 
     main = cli.one_line_errors(Mock(side_effect=RuntimeError("Connection closed by peer")))
     monkeypatch.setattr(cli, "WORLD_SIZE", 2)
     assert main() == 1 and not capsys.readouterr().err
+    download = cli.one_line_errors(Mock(side_effect=cli.UserError("cannot download: connection reset by peer")))
+    assert "cannot download" in complaint(capsys, download)
