@@ -333,7 +333,9 @@ def moving_query(frames=40):
     rows, shown = figure.subplots(2, len(names)), {}
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         for axes, group in zip(column, (tuple(channel_groups(rope)[0]), tuple(range(24))), strict=True):
-            image = axes.imshow(torch.zeros(n, n), SIGNED.resampled(9), vmin=-1, vmax=1, extent=(-1.5, 1.5, 1.5, -1.5))
+            image = axes.imshow(
+                torch.zeros(n, n).numpy(), SIGNED.resampled(9), vmin=-1, vmax=1, extent=(-1.5, 1.5, 1.5, -1.5)
+            )
             axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
             (dot,) = axes.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=6)
             axes.set(xticks=[], yticks=[])
@@ -347,7 +349,7 @@ def moving_query(frames=40):
         p = 0.75 * math.pi * torch.stack([angle.sin(), (2 * angle).sin()])
         for (name, group), (image, dot) in shown.items():
             products = (ropes[name].rotation(p[None])[0, 0] @ z) * (R[name] @ z)  # (n * n, D)
-            image.set_data((products[:, group].sum(dim=1) / z[list(group)].square().sum()).view(n, n))
+            image.set_data((products[:, group].sum(dim=1) / z[list(group)].square().sum()).view(n, n).numpy())
             dot.set_data(*(p / math.pi)[:, None])
         yield figure
         figure.set_layout_engine("none")  # keep that of the first frame
