@@ -189,19 +189,6 @@ def matches(row, flags):
 # The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row per encoding.
 
 PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
-    "cost": (
-        "training step, published",
-        {  # their table 9, seconds on an A100, relative to ape's 3.9
-            "ape": "1",
-            "axial": "1.67",
-            "axial-learned": "1.46",
-            "uniform": "1.69",
-            "mixed": "1.33",
-            "spherical": "1.72",
-            "spherical-learned": "1.49",
-            "liere": "3.49",
-        },
-    ),
     "table2": (
         "published, 400 epochs",
         {
@@ -330,6 +317,8 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         ("on a CPU", cost("benchmark-cpu", "training step")),
         ("inference, on a CPU", cost("benchmark-cpu", "inference")),
         ("memory of a step", cost("benchmark-cpu", "training step, memory")),
+    ],
+    "cost-alone": [
         (
             "encoding alone, of attention",
             cost("benchmark-cpu", "encoding, forward and backward", part="tokens", tokens=1024),
