@@ -135,7 +135,7 @@ def main(argv=None):
     micro_batch = args.micro_batch or data.rank_batch_size
     parts, rest = divmod(data.rank_batch_size, micro_batch)
     if rest:
-        fits = max(n for n in range(1, min(micro_batch, data.rank_batch_size)) if data.rank_batch_size % n == 0)
+        fits = max(n for n in range(1, min(micro_batch, data.rank_batch_size + 1)) if data.rank_batch_size % n == 0)
         raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images per process: try {fits}")
 
     # The model and its optimizer

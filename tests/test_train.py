@@ -292,6 +292,8 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
         ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
         ("--micro-batch 5", "--micro-batch must divide the 16 images per process: try 4"),
+        ("--micro-batch 1000000000000", "16 images per process: try 16"),
+        ("--batch-size 1 --micro-batch 5", "1 images per process: try 1"),
         ("--jitter 1 --pe ape", "leave --jitter out"),
         ("--pe axial --pe-options block_size=4", "axial has no option 'block_size': it has learned, uniform, theta"),
         ("--pe ape --pe-options theta=4", "--pe ape has no option 'theta': it has none"),
