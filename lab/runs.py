@@ -172,11 +172,8 @@ def read_evaluation(folder):
         found = read_json(path)
         if found:
             require(found, {"test": {"test": NUMBER}} | {kind: dict.fromkeys(found[kind], NUMBER) for kind in found})
-            [
-                kind(x)
-                for kind, name in ((int, "size"), (float, "shift"), (float, "patch shift"))
-                for x in found.get(name, {})
-            ]
+            for kind, name in (int, "size"), (float, "shift"), (float, "patch shift"):
+                list(map(kind, found.get(name, {})))
         return found
 
 

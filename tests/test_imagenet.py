@@ -148,11 +148,12 @@ def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):
     make(root, workers=2).train_batch(0)
 
 
-def test_a_killed_worker_is_an_error_of_one_line(root):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])  # the latter from its parent
+def test_a_killed_worker_is_an_error_of_one_line(root, number):
     others, data = set(active_children()), make(root, workers=1)
     data.train_batch(0)
     (worker,) = set(active_children()) - others
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid, number)
     assert "try fewer --workers" in error(batches, data, range(1, 9))
 
 
