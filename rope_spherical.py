@@ -100,24 +100,37 @@ def turn(x, table):
         table = table.repeat_interleave(x.shape[1] // table.shape[-5], dim=-5)
     yaw, roll = table.unbind(-3)
     n = 3 * table.shape[-2]
-    a, b, c = x[..., :n].to(table.dtype).unflatten(-1, (-1, 3)).unbind(-1)  # each (B, H, T, triplets)
-    b, c = turn_plane(b, c, roll)
-    a, b = turn_plane(a, b, yaw)
-    triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
+    triplets = x[..., :n].to(table.dtype).unflatten(-1, (-1, 3))  # (B, H, T, triplets, 3)
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and x.device.type != "cpu"):
+        triplets = turn_at_once(triplets, yaw, roll)
+    else:
+        a, b, c = triplets.unbind(-1)
+        b, c = turn_plane(b, c, roll)
+        a, b = turn_plane(a, b, yaw)
+        triplets = torch.stack([a, b, c], dim=-1)
+    triplets = triplets.flatten(-2).type_as(x)
     with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
         return torch.cat([triplets, x[..., n:]], dim=-1) if n < x.shape[-1] else triplets
 
 
 def turn_plane(a, b, table):
     """Turn the vectors (a, b) by the angle whose cosine and sine are in the table (..., 2)."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         cos, sin = table.unbind(-1)
         return a * cos - b * sin, a * sin + b * cos
     z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster unless a compiler fuses the other branch
     return z.real, z.imag
 
 
-# What makes it safe
+# What makes it fast and safe
+
+
+def turn_at_once(z, yaw, roll):
+    """yaw(u) roll(t) z by the three cyclic diagonals of that matrix: fewer instructions on a GPU, when compiled."""
+    (cu, su), (ct, st) = yaw.unbind(-1), roll.unbind(-1)
+    R = cu, cu * ct, ct, -su * ct, -cu * st, torch.zeros_like(cu), su * st, su, st
+    R0, R1, R2 = torch.stack(R, dim=-1).unflatten(-1, (3, 3)).unbind(-2)
+    return R0 * z + R1 * z.roll(-1, dims=-1) + R2 * z.roll(-2, dims=-1)  # z is (a, b, c), then (b, c, a), (c, a, b)
 
 
 def check(rope, x, pos):

@@ -154,6 +154,19 @@ def test_one_graph_serves_all_image_sizes_and_positions(name, graph):
             assert_exact(rope_graph(q, k, tokens * pos / 20), name, rope, q, k, tokens * pos / 20)
 
 
+@pytest.mark.filterwarnings("ignore")
+@every_encoding
+def test_a_trace_has_the_gradients_of_eager_mode(name):
+    """Axial, mixed and spherical RoPE are traced in the form that is compiled for a GPU."""
+    rope, (_, k, pos) = make(name, head_dim=D + 1), inputs(name)
+    q, k = torch.randn(2, 2 * H, T, D + 1, dtype=float64), torch.randn(2, H, T, D + 1, dtype=float64)
+    leaves = q.requires_grad_(), k.requires_grad_(), *rope.parameters()
+    turned, want = traced(rope, q, k, pos)(q, k, pos), rope(q, k, pos)
+    close(turned, want)
+    weights = [torch.randn_like(z) for z in want]
+    close(torch.autograd.grad(turned, leaves, weights), torch.autograd.grad(want, leaves, weights))
+
+
 @every_encoding
 def test_another_dtype_and_new_parameters_take_effect_at_once(name):
     rope, single = make(name).float(), inputs(name, dtype=float32)
