@@ -1,4 +1,4 @@
-"""What the tests share: encodings by name, tiny runs, small data sets, and the one line that a user's mistake gets."""
+"""Shared by the tests: encodings by name, tiny runs, small data sets, and one-line error messages."""
 
 import os
 
@@ -46,19 +46,19 @@ def default_dtype():
 
 @pytest.fixture
 def float64(default_dtype):
-    """Everything is drawn and computed in float64, the same at each run."""
+    """Draws and computes everything in float64, with a fixed seed."""
     torch.manual_seed(0)
     default_dtype(torch.float64)
 
 
 def scores(rope, q, k, pos):
-    """Every query's score with every key: (B, H, T, T)."""
+    """The score of every query with every key: (B, H, T, T)."""
     q, k = rope(q, k, pos)
     return q @ k.mT
 
 
 def small_vit(pe, **options):
-    """Two layers of two heads, in evaluation mode. The first attends far from evenly, so that positions count."""
+    """Two layers of two heads, in evaluation mode. Attention in the first is far from uniform, so positions matter."""
     torch.manual_seed(0)
     vit = ViT(pe, **{"num_classes": 10, "depth": 2, "num_heads": 2, "head_dim": 24} | options).eval()
     torch.nn.init.normal_(vit.blocks[0].attn.qkv.weight)
@@ -83,12 +83,12 @@ def tiny_bearing(monkeypatch, tmp_path):
 
 
 def weights(out):
-    """What last.pt holds in the run's folder."""
+    """The contents of last.pt in the run's folder."""
     return torch.load(Path(out) / "last.pt", weights_only=True)
 
 
 def complaint(capsys, main, *flags):
-    """The one line that a script's main ends with, exit code 2, given flags that cannot be."""
+    """The one-line error, with exit code 2, that main gives for invalid flags."""
     capsys.readouterr()
     code = main([*map(str, flags)])
     err = capsys.readouterr().err
@@ -100,7 +100,7 @@ def complaint(capsys, main, *flags):
 
 
 def make_imagenet(root, n=8):
-    """Three classes of noise in ImageNet's layout, n images in each."""
+    """Three classes of n noise images each, in ImageNet's layout."""
     rng = np.random.default_rng(0)
     for part, name, i in itertools.product(("train", "val"), "abc", range(n)):
         path = Path(root, part, name, f"{i}.jpeg")
@@ -109,7 +109,7 @@ def make_imagenet(root, n=8):
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes byte strings as Python 2 wrote them."""
+    """Pickles byte strings as Python 2 did."""
 
     dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
@@ -121,14 +121,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def pickled(content):
-    """As CIFAR-100's official files are: protocol 2, byte strings, numpy's old module name."""
+    """Pickles as in CIFAR-100's official files: protocol 2, byte strings, numpy's old module name."""
     buffer = io.BytesIO()
     Python2Pickler(buffer, protocol=2).dump(content)
     return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
 def cifar_split(n, seed=0):
-    """The content of CIFAR-100's train or test file, with n images of noise."""
+    """The contents of CIFAR-100's train or test file, with n noise images."""
     random = np.random.default_rng(seed)
     return {
         b"data": random.integers(0, 256, (n, 3072), dtype=np.uint8),
@@ -140,7 +140,7 @@ def cifar_split(n, seed=0):
 
 
 class Call:
-    """What pickles to a call of a function: a file that would run code."""
+    """Pickles to a function call: a file that would run code."""
 
     def __init__(self, function, *args):
         self.call = function, args

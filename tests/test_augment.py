@@ -1,4 +1,4 @@
-"""Every operation against Pillow or a plain definition, every draw against the distribution it claims."""
+"""Every operation against Pillow or a plain definition, every random draw against its stated distribution."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def pillow_jitter(image, factors, order):
 
 
 def assert_mean(sample, mean, sd):
-    """The mean of independent draws (N, ...), as it should be within 5 standard errors."""
+    """The mean of independent draws (N, ...) is as expected, within 5 standard errors."""
     assert ((sample.double().mean(dim=0) - mean).abs() < 5 * sd / math.sqrt(len(sample))).all()
 
 
@@ -67,7 +67,7 @@ def assert_uniform(sample, low, high):
 
 @pytest.mark.parametrize("S", [20, 32])
 def test_a_crop_is_pillows(S):
-    """Of floats, which Pillow neither rounds nor clips, and of bytes, which it rounds and clips after each axis.
+    """For floats, which Pillow neither rounds nor clips, and for bytes, which it rounds and clips after each axis.
 
     In float32 a place is off by up to S eps, and so is a weight, on both axes. Rounding takes half a level on each
     axis, and the second multiplies what the first took by up to 1.25, the sum of cubic weights without their signs.
@@ -86,7 +86,7 @@ def test_a_crop_is_pillows(S):
 
 
 def torchvision_crop(width, height):
-    """RandomResizedCrop by torchvision's documentation and code."""
+    """RandomResizedCrop according to torchvision's documentation and code."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -119,7 +119,7 @@ def crops_of_a_batch(n, S, _):
     + [(crops_of_a_batch, (S, S), 20_000) for S in (20, 32)],
 )
 def test_crops_are_distributed_as_torchvisions(draw, size, n):
-    """By the Kolmogorov-Smirnov test of two samples: edges, sides, area, ratio, and how edges depend on each other."""
+    """Two-sample Kolmogorov-Smirnov tests: edges, sides, area, ratio, and how the edges depend on each other."""
     samples = []
     for left, top, w, h in draw(n, *size), np.array([torchvision_crop(*size) for _ in range(n)]).T:
         assert min(left.min(), top.min()) >= 0 and min(w.min(), h.min()) > 0
@@ -148,7 +148,7 @@ def test_where_no_try_fits_the_crop_is_the_middle(size, box):
 
 @pytest.mark.parametrize("S", [5, 32])
 def test_grey_solarize_and_blur_are_pillows_each_where_it_is_chosen(S):
-    """Pillow rounds grey (and its weights, to 16 bits), and a blur after each of six boxes, half a level each time."""
+    """Pillow rounds grey values (and their weights, to 16 bits), and a blur after each of six boxes: half a level."""
     images, choice, sigma = noise(240, S), torch.arange(3).repeat(80), torch.linspace(0.1, 2, 240)
     for image, kind, s, ours in zip(images, choice, sigma, one_of_three(images / 255, choice, sigma), strict=True):
         difference = 255 * ours - levels(pillow_choice(to_pillow(image), kind, s.item()))
@@ -156,7 +156,7 @@ def test_grey_solarize_and_blur_are_pillows_each_where_it_is_chosen(S):
 
 
 def test_a_blur_has_the_variance_of_its_gaussian():
-    """Shown by a single light pixel."""
+    """Seen on a single light pixel."""
     sigma, light, d = torch.linspace(0.1, 2, 20), torch.zeros(20, 3, 33, 33), torch.arange(-16.0, 17)
     light[:, :, 16, 16] = 1
     spots = one_of_three(light, torch.full((20,), BLUR), sigma).double()
@@ -168,7 +168,7 @@ def test_a_blur_has_the_variance_of_its_gaussian():
 @pytest.mark.parametrize("kind", range(3))
 @pytest.mark.parametrize("factor", [0.7, 0.9, 1.3])
 def test_one_jitter_is_pillows(kind, factor):
-    """Pillow cuts off the fraction, and rounds the grey, which counts |1 - factor| times."""
+    """Pillow truncates the result, and rounds the grey value, which has the weight |1 - factor|."""
     images, factors = noise(20, 20), torch.ones(20, 3)
     factors[:, kind] = factor
     ours = 255 * augment.jitter(images / 255, factors, torch.tensor([[0, 1, 2]]).expand(20, 3))
@@ -178,7 +178,7 @@ def test_one_jitter_is_pillows(kind, factor):
 
 
 def test_jitter_is_pillows_in_all_six_orders():
-    """Within what Pillow cuts off three times. What clips is all that tells the orders apart: else they commute."""
+    """Up to Pillow's three truncations. Without clipping the operations would commute, in any order."""
     orders, repeats = list(itertools.permutations(range(3))), 15
     images, factors = noise(6 * repeats, 20), 0.7 + 0.6 * torch.rand(6 * repeats, 3)
     ours = 255 * augment.jitter(images / 255, factors, torch.tensor(orders * repeats))
@@ -192,7 +192,7 @@ def test_jitter_is_pillows_in_all_six_orders():
 
 @pytest.fixture
 def augmented(monkeypatch):
-    """augmented(images) -> three_augment(images); what it drew: start, size, flip, choice, sigma, factors, order."""
+    """augmented(images) -> three_augment(images); its draws: start, size, flip, choice, sigma, factors, order."""
     names = "crop", "mirror", "one_of_three", "jitter"
     spies = [Mock(wraps=getattr(augment, name)) for name in names]
     for name, spy in zip(names, spies, strict=True):
@@ -202,7 +202,7 @@ def augmented(monkeypatch):
 
 @pytest.mark.parametrize("B, S", [(1, 20), (60, 32)])
 def test_three_augment_is_pillows_pipeline(augmented, B, S):
-    """All that differs is what Pillow rounds or cuts off in each of up to eleven steps: of 1500 images, 7.7 and 1.9."""
+    """They differ by Pillow's rounding in up to eleven steps: over 1500 images at most 7.7 levels, 1.9 on average."""
     images = noise(B, S)
     before = images.clone()
     ours, (start, size, flip, choice, sigma, factors, order) = augmented(images)
@@ -235,7 +235,7 @@ def test_each_image_gets_draws_of_its_own_independent_and_uniform(augmented):
 @pytest.mark.parametrize("S", [20, 32])
 @pytest.mark.parametrize("lam", [0.0, 0.1, 0.5, 0.8, 0.995, 1.0])
 def test_cutmixs_box_is_centred_on_any_pixel(S, lam):
-    """On both axes independently; sides as in the CutMix paper's and timm's code."""
+    """Independently on both axes; sides as in the code of the CutMix paper and of timm."""
     side, N = int(S * math.sqrt(1 - lam)), 3000
     spans = [(max(0, c - side // 2), min(S, c + side // 2)) for c in range(S)]
     drawn = [tuple((axis.start, axis.stop) for axis in augment.draw_box(S, lam)) for _ in range(N)]
@@ -258,7 +258,7 @@ def test_beta(alpha):
 
 @pytest.mark.parametrize("rows, columns", [((0, 4), (13, 20)), ((5, 5), (0, 9)), ((0, 20), (0, 20))])
 def test_mix_is_mixup_or_cutmix_with_the_batch_reversed(monkeypatch, rows, columns):
-    """Half of the time each, by Beta(0.8, 0.8) and Beta(1, 1). Targets say how much of an image is its own."""
+    """Half of the time each, with Beta(0.8, 0.8) and Beta(1, 1). Targets give the fraction of each image."""
     box, inside, cuts = (slice(*rows), slice(*columns)), torch.zeros(20, 20, dtype=torch.bool), []
     inside[box] = True
     monkeypatch.setattr(augment, "draw_beta", {0.8: 0.3, 1.0: 0.6}.__getitem__)
@@ -276,7 +276,7 @@ def test_mix_is_mixup_or_cutmix_with_the_batch_reversed(monkeypatch, rows, colum
 
 
 def test_nothing_depends_on_values_on_the_device():
-    """Tensors of the meta device have none: whoever reads one, or needs it to know a shape, fails."""
+    """Tensors on the meta device have no values: code that reads one, or needs one for a shape, fails."""
     images = three_augment(torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta"))
     for _ in range(10):
         mixed, targets = mix(images, torch.empty(8, dtype=torch.int64, device="meta"), 100)

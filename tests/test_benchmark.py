@@ -1,4 +1,4 @@
-"""The benchmark: it times in turns, counts memory to the byte, and files every row."""
+"""The benchmark times in turns, counts memory to the byte, and saves every row."""
 
 import itertools
 import json
@@ -92,7 +92,7 @@ def test_other_ways_to_do_it_give_the_same_rotation():
 
 
 def test_libraries_that_are_installed_are_peers(monkeypatch):
-    """Here two that turn nothing, in the places of timm and rotary-embedding-torch."""
+    """Two that rotate nothing stand in for timm and rotary-embedding-torch."""
     table = torch.zeros(4, 4, 16)
     module = Mock(get_embed=lambda: table, get_axial_freqs=lambda *shape: table, parameters=lambda: [])
     module.to = lambda device: module
@@ -107,7 +107,7 @@ def test_libraries_that_are_installed_are_peers(monkeypatch):
 
 def test_a_row_has_median_and_quartiles_of_turns(monkeypatch):
     def compared(run, base, *paces):
-        """A row of functions whose calls take so many seconds, the last one for ever, at a pace for each pair."""
+        """A row whose functions take these seconds per call (the last one repeats), scaled by a pace for each pair."""
 
         def taking(seconds):
             seconds = itertools.chain(seconds, itertools.repeat(seconds[-1]))
@@ -158,7 +158,7 @@ def test_an_encodings_memory_is_in_units_of_q_and_k(monkeypatch, amp, size):
 
 
 def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
-    """Even for more sizes than torch.compile keeps versions of a function, here 3."""
+    """Even for more sizes than torch.compile caches versions of a function (here 3)."""
     compiled, compile_module, parts = set(), torch.nn.Module.compile, PARTS[:6]
     backend = {"backend": lambda graph, inputs: compiled.add(part) or graph}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, **options | backend))

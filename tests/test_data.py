@@ -1,4 +1,4 @@
-"""The built-in task, CIFAR-100 from its download to its batches, and what a hostile file cannot do."""
+"""The built-in task; CIFAR-100, from its download to its batches; and files that try to do harm."""
 
 import hashlib
 import io
@@ -26,14 +26,14 @@ DATA, ARCHIVE = Path("new/data"), Path("cifar-100-python.tar.gz")
 
 @pytest.fixture(autouse=True)
 def website(tmp_path, monkeypatch):
-    """The empty working directory is where data.py downloads from."""
+    """data.py downloads from the empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "CIFAR100_URL", ARCHIVE.absolute().as_uri())
 
 
 @pytest.fixture
 def archive(monkeypatch):
-    """archive(*more) -> the bytes of a small archive, laid out as the official one, which data.py takes for it."""
+    """archive(*more) -> the bytes of a small archive with the official layout, which data.py accepts."""
 
     def make(*more):
         buffer = io.BytesIO()
@@ -203,7 +203,7 @@ def test_test_batches_are_normalised_by_mean_and_std(cifar):
 
 @pytest.mark.parametrize("augment", ["3", "mix"])
 def test_augmented_images_keep_their_targets(cifar, augment):
-    """Black stays black. Grey gets darker or lighter, by up to 30 %, and an image and its partner share it."""
+    """Black stays black; grey gets up to 30 % darker or lighter, equally in an image and its partner."""
     task = cifar(augment=augment)
     task.images = torch.where(task.labels < 50, 0, 100).byte().view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
     (images, targets), (again, _) = (seeded_batch(task, 0) for _ in range(2))
@@ -222,7 +222,7 @@ def test_augmented_images_keep_their_targets(cifar, augment):
 
 @pytest.mark.parametrize("img_size", [24, 48])
 def test_test_images_of_another_size_are_pillows_bicubic_ones(cifar, img_size):
-    """Where nothing clips, which Pillow does after each axis; where it does, they do not wrap."""
+    """Wherever nothing is clipped (Pillow clips after each axis); clipped values do not wrap around."""
     task = cifar()
     task.test_images = 64 + task.test_images // 2
     images, labels = task.test_set(img_size)
@@ -236,7 +236,7 @@ def test_test_images_of_another_size_are_pillows_bicubic_ones(cifar, img_size):
 
 
 def squares(image):
-    """The centres (y, x) of the red and of the blue square in an image (3, S, S) of bytes."""
+    """The centres (y, x) of the red and the blue square in an image (3, S, S) of bytes."""
     image = image.permute(1, 2, 0).numpy().astype(int)
     return [np.argwhere((image == colour).all(-1)).mean(0) for colour in ([255, 0, 0], [0, 0, 255])]
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same weights, each test image once, one stop for all, and no hanging."""
+"""Several processes train like one: same weights, each test image once, all stop together, and none hangs."""
 
 import os
 import re
@@ -37,7 +37,7 @@ sys.exit(train.main())
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """With a run of one process: float64, 3 epochs of 3 steps, and 27 test images, which two processes cannot halve."""
+    """Holds a run of one process: float64, 3 epochs of 3 steps, and 27 test images, odd for two processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("distributed"))
         make_imagenet("in", n=9)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def torchrun(*flags, **env):
-    """Start two processes of train.py. SIGNAL hits rank 1 in its fifth step."""
+    """Start two processes of train.py. Rank 1 gets SIGNAL in its fifth step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
     return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -64,7 +64,7 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def started():
-    """Runs of two processes, all started at once, because most of their time is the start."""
+    """Runs of two processes, all started at once, because starting takes most of their time."""
     shutil.copytree("in", "broken")
     for path in Path("broken/train/a").glob("*"):
         path.write_bytes(b"no image")
@@ -82,7 +82,7 @@ def started():
 
 @pytest.fixture(scope="module")
 def stopped(started):
-    """Two processes, up to a Ctrl-C that reaches one of them in its fifth step."""
+    """Two processes; Ctrl-C reaches one of them in its fifth step."""
     _, err = started["stopped"].communicate()
     (line,) = re.findall("^Stopped.*", err, re.MULTILINE)
     assert "after step 5. To continue: torchrun --nproc_per_node=2 " in line and line.endswith(" --resume")
@@ -134,7 +134,7 @@ def test_processes_share_what_lies_on_the_device(kind, augment, world_size):
     images, labels = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8), torch.arange(30)
 
     def tensors(**place):
-        """A batch's images and targets, and those of the test set."""
+        """Images and targets of a batch, and of the test set."""
         data = kind("data", batch_size=6, augment=augment, **place)
         data.images = data.test_images = images  # not used by Bearing
         data.labels = data.test_labels = labels

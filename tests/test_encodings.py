@@ -1,4 +1,4 @@
-"""What every encoding must do; then what each of those here computes, against rotations built entry by entry."""
+"""What every encoding must do; then what each one computes, against rotations built entry by entry."""
 
 import copy
 import inspect
@@ -67,7 +67,7 @@ def angle_bounds(rope, pos):
 
 
 def assert_exact(turned, name, rope, q, k, pos):
-    """turned is rope(q, k, pos), up to rounding its angles to float32 or better, and itself to its dtype."""
+    """turned is rope(q, k, pos), up to rounding: of angles to float32 or better, of the result to its dtype."""
     exact = make(name)
     exact.load_state_dict(rope.state_dict())
     atol = 16 * torch.finfo(torch.promote_types(q.dtype, float32)).eps * (1 + angle_bounds(exact, pos).max().item())
@@ -87,7 +87,7 @@ def test_rotations_are_orthogonal_and_the_identity_at_the_origin(name):
 
 @every_encoding
 def test_each_token_is_multiplied_by_the_rotation_of_its_own_position(name):
-    """Among images of other positions, and among equal and opposite positions, which share exponentials."""
+    """Also next to images with other positions, and to equal and opposite positions, which share exponentials."""
     pos = torch.cat([p := positions(name, 2, 4).round(), -p, p[:, :2]], dim=1)
     rope, (q, k, _) = make(name), inputs(name, 10)
     alone = [[rope.rotation(p[None]).expand(H, 1, D, D) for p in image] for image in pos]
@@ -193,7 +193,7 @@ def test_copies_rotate_as_the_original(name):
 @every_encoding
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_bad_position_spoils_no_other_token(name, mode):
-    """Padding tokens often hold whatever the memory held: NaN, infinity, huge numbers."""
+    """Padding tokens often hold uninitialised memory: NaN, infinity, huge numbers."""
     rope, (q, k, _) = make(name), inputs(name)
     pos = positions(name, 2, T)
     function = compiled(rope) if mode == "compiled" else rope
@@ -234,7 +234,7 @@ def test_any_strides_and_empty_batches(name):
 
 @every_encoding
 def test_transforms_of_functions(name):
-    """vmap over stacked parameters (an ensemble) and over positions, forward-mode derivatives by positions."""
+    """vmap over stacked parameters (an ensemble) and over positions; forward-mode derivatives by positions."""
     rope, (q, k, pos) = make(name), inputs(name)
     ensemble = [copy.deepcopy(rope) for _ in range(3)]
     for factor, member in enumerate(ensemble, start=1):
@@ -265,7 +265,7 @@ def test_export_with_dynamic_batch_and_tokens(name):
 
 @every_encoding
 def test_runs_without_values(name):
-    """On the meta device and with fake tensors, as tools do that only ask for shapes."""
+    """On the meta device and with fake tensors, which tools use to infer shapes."""
     rope, (q, k, pos) = make(name), inputs(name)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
         assert rope(*map(fake.from_tensor, (q, k, pos)))[0].shape == q.shape
@@ -361,7 +361,7 @@ def test_rotations_are_those_of_the_formula(name):
 @pytest.mark.parametrize("encoding", [LieRE, ComRoPE])
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_exponentials_are_precise_for_angles_from_tiny_to_huge(encoding, block_size, backend):
-    """A compiled graph cannot depend on the angles: beyond some size it may give NaN, but never a wrong rotation."""
+    """A compiled graph cannot adapt to large angles: beyond some size it may give NaN, but never a wrong rotation."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     rope, pos = encoding(64, 1, block_size=block_size), torch.randn(20, 2)

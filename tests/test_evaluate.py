@@ -1,4 +1,4 @@
-"""lab.evaluate moves, shuffles and resizes as it says, and keeps its results."""
+"""lab.evaluate shifts, shuffles and resizes as documented, and saves its results."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def evaluated(*flags):
 
 @pytest.fixture
 def given(monkeypatch):
-    """What the model is given: whether in training, images, and by how many patches positions (T, 2) are moved."""
+    """The model's inputs: training mode, images, and the shift of positions (T, 2) in patches."""
     given, forward = [], ViT.forward
 
     def spy(model, images, pos=None):

@@ -1,4 +1,4 @@
-"""Experiments: which runs are made, what their rows say, and tables of what was measured."""
+"""Experiments: which runs are started, what their rows contain, and the tables made from them."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ from vit import ENCODINGS
 
 @pytest.fixture(autouse=True)
 def tiny_set(monkeypatch, tiny_bearing, tmp_path):
-    """An empty folder of results, and a set of three tiny runs."""
+    """An empty results folder, and a set of three tiny runs."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(experiments, "PUBLISHED", {})
     flags = {flag: value for flag, value in SMALL.items() if flag != "device"} | {"epochs": 1, "seed": 1}
@@ -30,7 +30,7 @@ def tiny_set(monkeypatch, tiny_bearing, tmp_path):
 
 
 def pretend(script, deadline):
-    """Write the files of train.py or lab.evaluate without training: each accuracy is the number that was asked for."""
+    """Write the files of train.py or lab.evaluate without training, with the given numbers as accuracies."""
     if script[0] == "train.py":
         args = train.parse_args(script[1:])
         args.out.mkdir(parents=True)
@@ -113,14 +113,14 @@ def test_impossible_flags_get_one_line(capsys):
 
 
 def cells(name):
-    """A table's titles, and {encoding: cells}."""
+    """A table's column titles, and {encoding: cells}."""
     lines = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in table(name).splitlines()]
     return lines[0][1:], {line[0]: line[1:] for line in lines[2:]}
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if SAME.get(name, name) in SETS])
 def test_a_finished_set_fills_its_table(monkeypatch, name):
-    """The scripts accept the set's flags, and a column that has a number in its title shows what that number gives."""
+    """The scripts accept the set's flags, and a column with a number in its title shows the result for that number."""
     monkeypatch.setattr(experiments, "call", pretend)
     assert experiments.main([name]) == 0
     titles, rows = cells(name)

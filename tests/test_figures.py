@@ -1,4 +1,4 @@
-"""Figures show what the encodings compute and what runs recorded. Every picture is written, and is not blank."""
+"""Figures show what the encodings compute and what runs logged. Every picture is written, and none is blank."""
 
 import re
 from functools import partial
@@ -99,7 +99,7 @@ def test_no_two_encodings_look_alike(monkeypatch):
 
 
 def drawn(capsys, *flags):
-    """{name: path} of the pictures that are drawn, and what is printed."""
+    """{name: path} of the pictures drawn, and the printed output."""
     capsys.readouterr()
     assert figures.main([*flags]) == 0
     out, err = capsys.readouterr()

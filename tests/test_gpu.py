@@ -1,4 +1,4 @@
-"""On a GPU, compiled and in bfloat16, all computes what it computes on a CPU, and no step keeps the host waiting."""
+"""On a GPU, compiled and in bfloat16, results are those of the CPU, and no training step makes the host wait."""
 
 import json
 import math

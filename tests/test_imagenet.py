@@ -1,4 +1,4 @@
-"""Which images a batch holds and which part of them, and what becomes of odd and of corrupt files."""
+"""Which images a batch holds and which part of each, and how odd and corrupt files are handled."""
 
 import io
 import itertools
@@ -36,13 +36,13 @@ LABELS = [("ant", "bee", "cat").index(Path(file).parent.name) for file in FILES]
 
 @pytest.fixture(autouse=True)
 def no_colors(monkeypatch):
-    """What is drawn on the device is tested with augment.py: here it leaves images as they are."""
+    """Augmentation on the device has its own tests (test_augment.py); here it does nothing."""
     monkeypatch.setattr(imagenet, "flip_and_color", lambda images, *_: images)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Noise, with a red of its own for each image, by which numbers() knows it from whatever part of it."""
+    """Noise, with a different red value in each image, from which numbers() recognises any part of it."""
     for i, file in enumerate(FILES):
         rgb = np.random.default_rng(i).integers(0, 256, (36, 48, 3), dtype=np.uint8)
         rgb[..., 0] = 8 * i
@@ -61,7 +61,7 @@ def levels(images):
 
 
 def numbers(images):
-    """Which images of root they are, as places in FILES."""
+    """Which images of root they are, as indices into FILES."""
     return levels(images)[:, 0].mean(dim=(1, 2)).div(8).round().long().tolist()
 
 
@@ -70,7 +70,7 @@ def make(root, **options):
 
 
 def smooth(width, height):
-    """An RGB image with nothing in it that a JPEG, or a resize, has to leave out."""
+    """An RGB image so smooth that JPEG and resizing lose nothing."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
 
@@ -230,7 +230,7 @@ def test_each_test_image_is_on_exactly_one_rank(root, world_size):
 @pytest.mark.parametrize("size", [(48, 48), (60, 48), (48, 72), (96, 48)])
 @pytest.mark.parametrize("S", [14, 28, 42])
 def test_the_test_transform_is_resize_and_centre_crop(tmp_path, size, S):
-    """In sizes where it cuts no pixel."""
+    """In sizes where it splits no pixel."""
     image = smooth(*size)
     image.save(tmp_path / "a.png")
     width, height = (side * round(S / 0.875) // 48 for side in size)
@@ -252,7 +252,7 @@ def test_images_are_middles_in_the_size_asked_for_unless_augmented(root, monkeyp
     "suffix, S", [*(("jpg", S) for S in (10, 16, 47, 90, 180, 300)), ("png", 10), ("bmp", 10), ("webp", 10)]
 )
 def test_no_more_of_a_jpeg_is_decoded_than_needed_and_it_looks_the_same(tmp_path, monkeypatch, suffix, S):
-    """Other formats can only be decoded whole."""
+    """Other formats can only be decoded at full size."""
     path, sizes, resize = tmp_path / f"a.{suffix}", [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, *args: sizes.append(self.size) or resize(self, *args))
     for width, height in (500, 375), (333, 701):
@@ -272,7 +272,7 @@ def test_no_more_of_a_jpeg_is_decoded_than_needed_and_it_looks_the_same(tmp_path
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_images_are_upright(tmp_path, suffix, orientation):
-    """Also what is cropped at random, which is drawn before the image is turned."""
+    """Also for random crops, which are drawn before the image is rotated."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path, stored = tmp_path / f"a.{suffix}", tmp_path / f"stored.{suffix}"
@@ -350,7 +350,7 @@ CORRUPT = {
 
 
 def corrupt(root, part, name):
-    """Put such a file among the images of train or val."""
+    """Put a bad file among the images of train or val."""
     path = root / part / "ant" / name
     path.write_bytes(CORRUPT[name])
     return path
@@ -376,7 +376,7 @@ def test_a_bmp_whose_alpha_is_0_everywhere_is_opaque(tmp_path):
 
 
 def error(function, *args):
-    """The message of its UserError. pytest.raises would keep the traceback, and with it the data set's workers."""
+    """The UserError's message. pytest.raises would keep the traceback alive, and with it the data set's workers."""
     try:
         function(*args)
     except UserError as e:

@@ -1,4 +1,4 @@
-"""LAMB against the paper's algorithm 2, written out weight by weight: Adam where there is no decay."""
+"""LAMB against the paper's algorithm 2, written out weight by weight; without weight decay it is Adam."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from lab.lamb import LAMB
 
 @pytest.fixture(autouse=True)
 def float64():
-    """All is drawn and computed in float64, except where a test says otherwise."""
+    """Draws and computes in float64, unless a test says otherwise."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -20,7 +20,7 @@ def float64():
 
 
 class Reference:
-    """Algorithm 2 for one parameter, on lists of Python's floats, with the defaults of DeiT III's optimizer."""
+    """Algorithm 2 for one parameter, on lists of Python floats, with the defaults of DeiT III's optimizer."""
 
     def __init__(self, x):
         self.x, self.t = x.flatten().tolist(), 0
@@ -52,7 +52,7 @@ def set_gradients(*models):
 
 
 def test_steps_are_those_of_the_papers_algorithm():
-    """Every parameter misses some gradients, the first among them: t counts those that it has had."""
+    """Every parameter misses some gradients, including the first; t counts the gradients it has had."""
     tensors = [parameters((4, 3), (5,)), parameters((2, 3)), parameters(()), parameters((3,))]
     settings = [
         {"lr": 0.02, "weight_decay": 0.3},
@@ -77,7 +77,7 @@ def test_steps_are_those_of_the_papers_algorithm():
 
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
 def test_with_decay_a_step_is_lr_times_as_long_as_the_parameter(scale):
-    """In a group of several dtypes. Rounding p adds up to eps / 2 of its length, u and r a few eps of the step's."""
+    """In a group of several dtypes. Rounding p adds up to eps / 2 of its norm; u and r, a few eps of the step's."""
     lr, dtypes = 0.1, (torch.float32, torch.bfloat16, torch.float64)
     params = [(scale * torch.randn(50)).to(dtype).requires_grad_() for dtype in dtypes]
     optimizer = LAMB(params, lr=lr, weight_decay=0.05)
@@ -93,7 +93,7 @@ def test_with_decay_a_step_is_lr_times_as_long_as_the_parameter(scale):
 
 @pytest.mark.parametrize("x, gradient, decay, after", [(0, 1, 0.05, -0.05), (0, 0, 0.05, 0), (0.25, 0, 5e-324, 0.25)])
 def test_the_trust_ratio_is_1_where_a_norm_is_0(x, gradient, decay, after):
-    """A parameter of 0 takes Adam's step. Without a gradient, and with a decay that underflows, a parameter stays."""
+    """A parameter of 0 takes Adam's step. Without a gradient, or with a decay that underflows, it stays."""
     p = torch.full((3,), float(x), requires_grad=True)
     p.grad = torch.full((3,), float(gradient))
     LAMB([p], lr=0.1, eps=1.0, weight_decay=decay).step()
@@ -121,7 +121,7 @@ def test_a_loaded_state_continues_with_the_very_same_weights():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_a_state_loads_onto_another_device_and_no_step_waits_for_it(weight_decay):
-    """A tensor on "meta" has no values: to ask for one, as .item() and `if` do, is an error."""
+    """A tensor on "meta" has no values: reading one, as .item() and `if` do, is an error."""
     params = parameters((4, 3), (5,))
     elsewhere = [p.detach().to("meta").requires_grad_() for p in params]
     optimizer, loaded = LAMB(params, weight_decay=weight_decay), LAMB(elsewhere, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""The README and its two other pages: examples and commands run, and flags, tests, files and results exist."""
+"""The README and its two other pages: examples and commands run; flags, tests, files and results exist."""
 
 import importlib
 import json

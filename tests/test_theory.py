@@ -1,4 +1,4 @@
-"""The papers' theory, each statement as numbers that can be followed: what commuting buys, and what giving it up costs.
+"""The papers' theory in numbers, statement by statement: what commuting generators give, and what giving them up costs.
 
 Read it after test_equivariance.py, beside van de Geijn et al. 2025 ("the paper") and ../README.md. All is in float64.
 """
@@ -54,7 +54,7 @@ def test_generators_of_other_encodings_do_not_commute(pe):
 
 
 def change_of_scores(rope, *shift):
-    """How much a shift of all positions changes the scores of random queries and keys."""
+    """How much a shift of all positions changes scores of random queries and keys."""
     (q, k), pos = torch.randn(2, 3, H, T, D), torch.randn(T, len(shift))
     return (scores(rope, q, k, pos + torch.tensor(shift)) - scores(rope, q, k, pos)).abs().max()
 
@@ -73,7 +73,7 @@ def test_liere_is_equivariant_in_one_dimension_and_in_blocks_of_2():
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_spherical_scores_survive_a_shift_along_x_because_the_yaw_comes_last(learned):
-    """R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q): of x it knows the difference only, of y more."""
+    """R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) has only the difference in x, but both values of y."""
     rope = SphericalRoPE(D, H, learned=learned)
     assert change_of_scores(rope, 2.0, 0.0) < 1e-10 and change_of_scores(rope, 0.0, 2.0) > 0.1
 
@@ -87,7 +87,7 @@ def test_spherical_with_a_zero_frequency_is_equivariant(axis):
 
 @pytest.mark.parametrize("encoding, head_dim, angle", [(SphericalRoPE, 3, torch.pi / 2), (LieRE, 4, 3.0)])
 def test_counter_examples(encoding, head_dim, angle):
-    """Spherical RoPE makes two quarter turns: in R(p)^T R(q) it yaws first, in R(q - p) it rolls first."""
+    """Spherical RoPE makes two quarter turns: R(p)^T R(q) yaws first, R(q - p) rolls first."""
     rope, p, q = encoding(head_dim, 1), torch.tensor([[0.0, angle]]), torch.tensor([[angle, 0.0]])
     assert (rope.rotation(p).mT @ rope.rotation(q) - rope.rotation(q - p)).abs().max() > 0.3
 
@@ -96,7 +96,7 @@ def test_counter_examples(encoding, head_dim, angle):
 
 
 def rope_basis(A):
-    """Skew-symmetric A (b, b), invertible -> an orthogonal V whose columns 2j and 2j + 1 span a plane that A keeps.
+    """Invertible skew-symmetric A (b, b) -> an orthogonal V whose columns 2j and 2j + 1 span an invariant plane of A.
 
     An eigenvector u + iv of A with eigenvalue iw has A u = -w v and A v = w u: u and v span such a plane, in which A is
     w times a quarter turn.
@@ -107,7 +107,7 @@ def rope_basis(A):
 
 
 def assert_same_scores_in_another_basis(A, rope):
-    """LieRE with generators A (H, M, D, D) scores as rope does, once W_q and W_k have absorbed a basis."""
+    """LieRE with generators A (H, M, D, D) gives rope's scores, once W_q and W_k have absorbed a change of basis."""
     M = A.shape[1]
     liere = LieRE(D, H, pos_dim=M)
     set_generators(liere, A[:, :, None])
@@ -148,7 +148,7 @@ def test_proposition_2_liere_whose_generators_commute_is_mixed_rope_in_another_b
 
 
 def mixed_difference(rope):
-    """s(x, y) - s(x, 0) - s(0, y) + s(0, 0) for a key at (x, y), and a query somewhere: 0 if s = f + g."""
+    """s(x, y) - s(x, 0) - s(0, y) + s(0, 0) for a key at (x, y) and a fixed query: 0 if s = f(x) + g(y)."""
     pos = torch.tensor([[0.0, 0.0], [1.3, -0.7], [1.3, 0.0], [0.0, -0.7], [0.4, 0.9]])
     s = scores(rope, *torch.randn(2, 1, H, 1, D).expand(-1, -1, -1, 5, -1), pos)[..., 4, :]  # the query is the last
     return (s[..., 1] - s[..., 2] - s[..., 3] + s[..., 0]).abs().max()
@@ -168,12 +168,12 @@ def test_oblique_scores_do_not_split(pe):
 
 
 def set_generators(liere, A):
-    """Of skew-symmetric A (H, M, K, b, b), the upper triangle is learned."""
+    """The upper triangle of skew-symmetric A (H, M, K, b, b), which is what LieRE learns."""
     liere.generators.data[:] = A[..., *torch.triu_indices(A.shape[-1], A.shape[-1], 1)]
 
 
 def assert_same_rotations(a, b, channels_a=range(D), channels_b=range(D)):
-    """The rotations are equal if a's channels are taken in one order and b's in another."""
+    """The rotations are equal, with a's channels in one order and b's in another."""
     pos = 3 * torch.randn(T, 2)
     A, B = (rope.rotation(pos).expand(H, T, D, D) for rope in (a, b))
     A, B = A[..., channels_a, :][..., channels_a], B[..., channels_b, :][..., channels_b]

@@ -1,4 +1,4 @@
-"""train.py: its files, its errors, and runs that can be stopped anywhere and resumed to the same end, bit for bit."""
+"""train.py: its files, its errors, and runs that stop anywhere and resume to the same result, bit for bit."""
 
 import csv
 import itertools
@@ -47,7 +47,7 @@ def bad(capsys, *flags):
 
 @contextmanager
 def before(owner, name, act, call=None):
-    """Has act(*arguments) done before each call of owner.name, or before that one alone."""
+    """Call act(*arguments) before each call of owner.name, or before one of them."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args, **kwargs):
@@ -65,13 +65,13 @@ def ctrl_c(*_):
 
 
 def interrupted(*flags, at=(F, "cross_entropy"), call=5):
-    """A run that Ctrl-C stops in its fifth step, or before another call of a function."""
+    """A run that Ctrl-C stops in its fifth step, or before another function call."""
     with before(*at, ctrl_c, call):
         assert run(*flags) == 130
 
 
 def assert_resumes_to_the_same_end(*flags, stop=interrupted, then=()):
-    """A run that was stopped has the weights, bit for bit, and the log, but for its times, of one that was not."""
+    """A resumed run has the weights, bit for bit, and the log, except for times, of one that was never stopped."""
     assert run("--out=whole", *flags) == 0
     stop("--out=cut", *flags)
     assert run("--out=cut", *flags, "--resume", *then) == 0
@@ -83,7 +83,7 @@ def assert_resumes_to_the_same_end(*flags, stop=interrupted, then=()):
 
 @pytest.fixture
 def cifar(monkeypatch):
-    """A CIFAR-100 of noise in data/: 50 images for training, of which an epoch sees 64, and 20 for the test."""
+    """A CIFAR-100 of noise in data/: 50 training images (an epoch takes 64, so some twice) and 20 test images."""
     Path("data/cifar-100-python").mkdir(parents=True)
     for name, n in ("train", 50), ("test", 20):
         Path("data/cifar-100-python", name).write_bytes(pickled(cifar_split(n)))
@@ -511,7 +511,7 @@ DROP = "--dropout {0} --drop-path {0} --epochs {1} --batch-size {2} --augment {3
     ],
 )
 def test_a_recipe_stays_as_it_was_published(dataset, recipe):
-    """van de Geijn et al. 2025, tables 5 and 6; bearing's is that of the results in lab/results/."""
+    """van de Geijn et al. 2025, tables 5 and 6; for bearing, the recipe of lab/results/."""
     flags = "--dataset", dataset
     assert train.parse_args(flags) == train.parse_args([*flags, *recipe.split()])
     assert dataset == "bearing" or train.parse_args([*flags, "--opt=adamw"]).lr == 1e-3

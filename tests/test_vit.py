@@ -1,4 +1,4 @@
-"""The ViT: timm's names and numbers, images of any size, and encodings that reach every layer."""
+"""The ViT: timm's names and outputs, images of any size, and encodings in every layer."""
 
 import copy
 import itertools
@@ -162,7 +162,7 @@ def test_options_reach_the_encoding_of_every_layer(float64):
 
 
 def assert_precise(vit, compiled, images):
-    """compiled is off float64 by no more than a few times as much as vit is."""
+    """The error of compiled against float64 is at most a few times that of vit."""
     exact = copy.deepcopy(vit).double()(images.double())
     error = (vit(images) - exact).abs().max() + 16 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert (compiled(images) - exact).abs().max() < 4 * error
@@ -223,7 +223,7 @@ def test_its_head_can_be_replaced_and_its_weights_quantized(pe):
 
 @every_vit
 def test_its_weights_can_be_elsewhere_until_they_are_needed(pe):
-    """As hooks do that offload weights: each module's own are on the meta device but during its forward pass."""
+    """Like hooks that offload weights: a module's own weights are on the meta device except during its forward pass."""
     vit = small_vit(pe)
     want = vit(IMAGES)
 
