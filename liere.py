@@ -46,14 +46,14 @@ class LieRE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
         return turn(q, R), turn(k, R)
 
     def rotate(self, x, pos):
-        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
         return turn(x, self.block_rotations(x, pos))
 
     def block_rotations(self, x, pos):

@@ -7,11 +7,11 @@ A token at position p = (x, y) turns the pairs of channels of its query and key,
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-A score q_i^T R(p_i)^T R(p_j) k_j turns by p_j, and back by p_i: what is left is p_j - p_i. So R is
+In a score q_i^T R(p_i)^T R(p_j) k_j the key turns by p_j, and back by p_i: what is left is p_j - p_i. R is
 
     orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
     equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
-    not oblique    a pair knows one axis only, and so a score is f(x_i, x_j) + g(y_i, y_j)
+    not oblique    a pair knows one axis only, and so a score is f(x_j - x_i) + g(y_j - y_i)
 
 What turns which channels (head_dim = 10; leftover channels come last, unrotated):
 
@@ -52,14 +52,14 @@ class AxialRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
@@ -112,7 +112,7 @@ def real_product(z, w):
     (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
     if torch.compiler.is_compiling() and z.device.type == "cpu":
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    turned = torch.stack([-b, a], dim=-1)  # the same as cos z + sin iz, with fewer instructions on a GPU
+    turned = torch.stack([-b, a], dim=-1)  # the same as cos * z + sin * iz, with fewer instructions on a GPU
     return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * turned
 
 

@@ -62,14 +62,14 @@ class MixedRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
@@ -114,7 +114,7 @@ def real_product(z, w):
     (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
     if torch.compiler.is_compiling() and z.device.type == "cpu":
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    turned = torch.stack([-b, a], dim=-1)  # the same as cos z + sin iz, with fewer instructions on a GPU
+    turned = torch.stack([-b, a], dim=-1)  # the same as cos * z + sin * iz, with fewer instructions on a GPU
     return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * turned
 
 

@@ -4,7 +4,7 @@
     q, k = rope(q, k, pos)                          # q, k (B, H, T, D); pos (T, 2): x, y of each token, in [-pi, pi]
 
 A token at position p = (x, y) turns each triplet (a, b, c) of its query and key as a vector in space, first by a roll
-that grows with y, then by a yaw that grows with x:
+proportional to y, then by a yaw proportional to x:
 
     R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
@@ -57,14 +57,14 @@ class SphericalRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads, perhaps a larger one for q: each H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """One tensor alone, of queries or of keys: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
@@ -118,7 +118,7 @@ def turn_plane(a, b, table):
     if torch.compiler.is_compiling():
         cos, sin = table.unbind(-1)
         return a * cos - b * sin, a * sin + b * cos
-    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster unless a compiler fuses the other branch
+    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster in eager mode
     return z.real, z.imag
 
 
@@ -126,11 +126,11 @@ def turn_plane(a, b, table):
 
 
 def turn_at_once(z, yaw, roll):
-    """yaw(u) roll(t) z by the three cyclic diagonals of that matrix: fewer instructions on a GPU, when compiled."""
+    """M z, M = yaw(u) roll(t), by the diagonals R_k[i] = M[i, (i + k) % 3]: compiled, fewer instructions on a GPU."""
     (cu, su), (ct, st) = yaw.unbind(-1), roll.unbind(-1)
     R = cu, cu * ct, ct, -su * ct, -cu * st, torch.zeros_like(cu), su * st, su, st
     R0, R1, R2 = torch.stack(R, dim=-1).unflatten(-1, (3, 3)).unbind(-2)
-    return R0 * z + R1 * z.roll(-1, dims=-1) + R2 * z.roll(-2, dims=-1)  # z is (a, b, c), then (b, c, a), (c, a, b)
+    return R0 * z + R1 * z.roll(-1, dims=-1) + R2 * z.roll(-2, dims=-1)
 
 
 def check(rope, x, pos):
