@@ -455,26 +455,30 @@ def ranked(entries):
     return ", then ".join(f"{name} {accuracy:.1f} %" for name, accuracy in entries)
 
 
-def look(name):
-    """One colour per class of encodings, one line style and marker per variant."""
-    pe, _, options = name.partition(",")
+def looks(names):
+    """{name: how it is drawn}: one colour per class of encodings, one line style and marker per name of that class."""
     classes = {pe: getattr(make, "func", make) for pe, make in ENCODINGS.items()}
-    variant = [other for other in classes if classes[other] == classes[pe]].index(pe) + 2 * bool(options)
-    colour = [GREY, *COLOURS, *matplotlib.colormaps["tab20"].colors][
-        list(dict.fromkeys(classes.values())).index(classes[pe])
-    ]
-    return {"color": colour, "linestyle": ["-", "--", ":", "-."][variant % 4], "marker": "os^D"[variant % 4]}
+    palette = [GREY, *COLOURS, *matplotlib.colormaps["tab20"].colors]
+    colours = dict(zip(dict.fromkeys(classes.values()), palette, strict=False))
+    variants = {cls: cycle([("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]) for cls in colours}
+    found = {}
+    for name in names:
+        cls = classes[name.partition(",")[0]]
+        style, marker = next(variants[cls])
+        found[name] = {"color": colours[cls], "linestyle": style, "marker": marker}
+    return found
 
 
 def lines(title, *panels):
     """Plot accuracy against x. A panel is an x label and a result of by_name. -> the figure, its axes."""
     figure = titled(title, 4.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    look = looks(dict.fromkeys(name for _, found in panels for name in found))
     for axes, (label, found) in zip(all_axes, panels, strict=True):
         for name, points in found.items():
             x, (low, middle, high) = list(points), ([f(y) for y in points.values()] for f in (min, mean, max))
-            axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), markersize=4, **look(name))
-            axes.fill_between(x, low, high, color=look(name)["color"], alpha=0.15, linewidth=0)
+            axes.plot(x, middle, label=name, markevery=max(1, len(x) // 10), markersize=4, **look[name])
+            axes.fill_between(x, low, high, color=look[name]["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(label)
     finish(all_axes)
     return figure, all_axes
@@ -549,8 +553,8 @@ def cost(runs):
         dearest = max(mean(points[""]) for points in time.values())
         figure = titled(f"Best: {ranked(first[:1])}; times differ by a factor of up to {dearest:.2f}", 4.2)
         axes = figure.subplots()
-        for name in time:
-            axes.plot(time[name][""], accuracy[name][""], label=name, **look(name) | {"linestyle": ""})
+        for name, look in looks(time).items():
+            axes.plot(time[name][""], accuracy[name][""], label=name, **look | {"linestyle": ""})
         axes.set_xlabel("training time per image, fastest run = 1")
         finish([axes])
         return figure

@@ -93,9 +93,14 @@ def test_frequencies_are_how_fast_groups_turn(pe):
 def test_no_two_encodings_look_alike(monkeypatch):
     for i in range(12):
         monkeypatch.setitem(ENCODINGS, f"new-{i}", type("New", (), {}))
-    names = [*ENCODINGS, "liere, block_size = 8", "comrope-ap, block_size = 4", "comrope-ld, block_size = 4"]
+    names = [
+        *ENCODINGS,
+        *(f"liere, block_size = {b}" for b in (2, 4, 8)),
+        "comrope-ap, block_size = 4",
+        "axial, theta = 9",
+    ]
     for what in "linestyle", "marker":
-        assert len({(figures.look(name)["color"], figures.look(name)[what]) for name in names}) == len(names)
+        assert len({(look["color"], look[what]) for look in figures.looks(names).values()}) == len(names)
 
 
 def drawn(capsys, *flags):
