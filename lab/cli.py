@@ -38,10 +38,8 @@ def one_line_errors(main):
                 print("Stopped at once.", file=sys.stderr)
                 return 130
             except Exception as e:
-                if (
-                    WORLD_SIZE > 1 and isinstance(e, RuntimeError) and "by peer" in str(e)
-                ):  # another rank ended, and printed why
-                    return 1
+                if WORLD_SIZE > 1 and isinstance(e, RuntimeError) and "by peer" in str(e):
+                    return 1  # another rank ended, and printed why
                 if (why := explanation(e)) is None:
                     raise
                 defer()
