@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, usable_device
 from lab.data import REGIONS, Bearing
 from lab.distributed import WORLD_SIZE
-from lab.files import write_json
-from lab.runs import DATASETS, accuracy, read_evaluation, read_run
+from lab.files import locked, write_json
+from lab.runs import DATASETS, accuracy, checkpoint, read_evaluation, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
 SHIFTS = 1, 2, 4, 8, 16  # patches
@@ -42,7 +42,9 @@ def main(argv=None):
         raise UserError("lab.evaluate runs in one process: start it with python, not with torchrun")
     usable_device(args.device)
     for run in args.runs:
-        evaluate(run, args)
+        checkpoint(run)  # raises if there is none
+        with locked(run, "RUN"):  # a run still in training would replace the weights meanwhile
+            evaluate(run, args)
 
 
 def parse_args(argv):

@@ -37,7 +37,7 @@ def make_folder(path, flag="--out"):
 
 @contextmanager
 def locked(folder, flag="--out", wait=False):
-    """Create the folder and lock it in this block: other runs wait, or get a UserError. Rank 0 locks it for all ranks.
+    """Create the folder and lock it in this block: others wait, or get a UserError. Rank 0 locks it for all ranks.
 
     The lock ends with its process, even if that is killed. Windows and some file systems have no locks.
     """
@@ -51,7 +51,7 @@ def locked(folder, flag="--out", wait=False):
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as e:  # the latter on some systems
-            raise UserError(f"another run is writing to {folder}: choose another folder with {flag}") from e
+            raise UserError(f"another process is writing to {folder}: wait for it, or change {flag}") from e
         except OSError:
             pass
         try:

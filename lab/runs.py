@@ -138,11 +138,16 @@ RESULT = {"device": str, "torch": str, "epochs": int}
 RESULT |= dict.fromkeys(("test_accuracy", "train_seconds", "images_per_second"), NUMBER)
 
 
+def checkpoint(folder):
+    """The path of last.pt, or a UserError."""
+    if not (path := folder / "last.pt").is_file():
+        raise UserError(f"there is no {path}: name folders that train.py has written")
+    return path
+
+
 def read_checkpoint(folder, device):
     """The content of last.pt. Raises a UserError if it is corrupt or its weights are not finite."""
-    path = folder / "last.pt"
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name folders that train.py has written")
+    path = checkpoint(folder)
     content = io.BytesIO(path.read_bytes())
     with reading(path), warnings.catch_warnings(action="ignore"):
         if damaged := zipfile.ZipFile(content).testzip():  # torch does not verify checksums

@@ -338,16 +338,18 @@ def test_a_terminal_that_knows_only_ascii_is_enough():
     assert done.returncode == 0 and b"to k?ln/" in done.stdout
 
 
-def test_two_runs_cannot_share_a_folder_and_a_killed_one_does_not_block_it(capsys):
+def test_a_folder_has_one_writer_and_a_killed_one_does_not_block_it(capsys):
+    assert run("--out=a") == 0
     code = "import lab.files, pathlib\nwith lab.files.locked(pathlib.Path('a')): print('locked', flush=True), input()"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        assert "another run is writing to a: choose another folder with --out" in bad(capsys, "--out=a")
+        assert "another process is writing to a: wait for it, or change --out" in bad(capsys, "--out=a")
+        assert "another process is writing to a" in complaint(capsys, evaluate.main, "a")
         other.kill()
-    assert run("--out=a") == 0 and not Path("a/.lock").exists()
+    assert run("--out=a", "--resume") == 0 and not Path("a/.lock").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
