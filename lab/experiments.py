@@ -1,13 +1,12 @@
-"""Run the experiments, store their results in lab/results/, and write the README's tables from them.
+"""Run the experiments behind lab/results/.
 
     python -m lab.experiments bearing bearing-corner        # on a CPU: minutes per run
     python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
-    python -m lab.experiments --report                      # the README's tables, from lab/results/
 
 A set is a list of runs, most important first. Each calls `python train.py` and, in some sets,
 `python -m lab.evaluate`. It then has a row in lab/results/<set>.csv, which includes the command, and is not run again.
-Run folders stay in runs/, so that an interrupted run continues where it stopped.
+Run folders stay in runs/, so that an interrupted run continues where it stopped. lab.report makes tables of the rows.
 """
 
 import sys
@@ -16,29 +15,23 @@ if not __package__:  # started as python lab/experiments.py
     sys.path[0] += "/.."
 
 import csv
-import itertools
 import math
-import re
 import shlex
-import statistics
 import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
-
-from lab.cli import Parser, UserError, number, one_line_errors
+from lab.cli import Parser, number, one_line_errors
 from lab.distributed import on_signals
-from lab.files import locked, read_json, replacing, write_csv
-from lab.runs import NUMBER, read_evaluation, read_result, reading, require
+from lab.files import locked, write_csv
+from lab.runs import read_evaluation, read_result, reading, require
 from vit import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lab" / "results"
-SEEDS = range(3)
 
 
-def cifar(epochs, encodings=ENCODINGS, seeds=SEEDS, **flags):
+def cifar(epochs, encodings=ENCODINGS, seeds=range(3), **flags):
     return [{"pe": pe, "seed": seed, "epochs": epochs, **flags} for seed in seeds for pe in encodings]
 
 
@@ -72,32 +65,22 @@ SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate
     "table7": (TABLE7, ""),
 }
 TEXT = "pe", "pe-options", "dataset", "pool", "opt", "augment", "compile", "device", "torch", "commit", "command"
-SAME = {"figure3": "table2"}  # the same runs, tested at other sizes
 
 
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("sets", nargs="*", metavar="SET", help=f"what to run: {', '.join(SETS | SAME)}")
+    parser.add_argument("sets", nargs="+", metavar="SET", choices=SETS, help=f"what to run: {', '.join(SETS)}")
     parser.add_argument("--minutes", type=number(float), default=math.inf, help="stop within this time")
-    parser.add_argument("--report", action="store_true", help="write the README's tables from results/")
     args = parser.parse_args(argv)
-    if unknown := set(args.sets) - set(SETS | SAME):
-        parser.error(f"there is no set {', '.join(unknown)}: choose from {', '.join(SETS | SAME)}")
-    if not args.sets and not args.report:
-        parser.error(f"nothing to do: name a set ({', '.join(SETS | SAME)}) or add --report")
     deadline = time.monotonic() + 60 * args.minutes
-    code = 0
     try:
         with on_signals(interrupt):
             for name in args.sets:
-                run_set(SAME.get(name, name), deadline)
+                run_set(name, deadline)
     except Stopped as e:
         print(e, file=sys.stderr)
-        code = e.code
-    if args.report:
-        report()
-    return code
+        return e.code
 
 
 class Stopped(Exception):
@@ -184,263 +167,6 @@ def append(name, row):
 
 def matches(row, flags):
     return all(row.get(flag) == str(value) for flag, value in flags.items())
-
-
-# The report: tables between two marks in the README, <!-- NAME --> and <!-- /NAME -->, one row per encoding.
-
-PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
-    "table2": (
-        "published, 400 epochs",
-        {
-            "ape": "64.2 ± 0.9",
-            "axial": "72.1 ± 0.6",
-            "axial-learned": "72.9 ± 0.6",
-            "uniform": "70.5 ± 0.2",
-            "mixed": "74.7 ± 0.3",
-            "spherical": "73.2 ± 0.4",
-            "spherical-learned": "74.1 ± 0.4",
-            "liere": "73.1 ± 0.2",
-        },
-    ),
-    "table7": (
-        "published, 400 epochs",
-        {
-            "ape": "45.9, 53.4, 57.7, 59",
-            "axial": "55.3, 63.3, 66.0, 69.9",
-            "axial-learned": "56.6, 62.5, 66.8, 69.1",
-            "uniform": "52.8, 59.7, 64.1, 65.8",
-            "mixed": "56.9, 64.4, 70.0, 71.6",
-            "spherical": "56.0, 63.6, 67.6, 69.8",
-            "spherical-learned": "57.2, 65.3, 69.8, 72.6",
-        },
-    ),
-}
-
-
-def values(name, column="accuracy", **flags):
-    """A column of lab/results/<name>.csv, from the rows that match these flags."""
-    return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
-
-
-def mean_and_interval(numbers):
-    """The mean and its 95 % interval, by bootstrap over the seeds; None if there are no numbers."""
-    if not numbers:
-        return None
-    low, high = interval(numbers)
-    return f"{statistics.mean(numbers):.1f}" + (f" ({low:.1f} to {high:.1f})" if len(numbers) > 1 else "")
-
-
-def interval(numbers):
-    """The 95 % bootstrap interval of the mean: the 2.5 % and 97.5 % percentiles of resampled means."""
-    draws = np.random.default_rng(0).choice(numbers, size=(10_000, len(numbers)))
-    return np.percentile(draws.mean(axis=1), [2.5, 97.5])
-
-
-def permutation_test(a, b):
-    """Two-sided p: the probability that the means of two random groups differ at least as much as those of a and b.
-
-    Over all splits of the numbers into groups of these sizes, or over 100,000 random ones if there are more.
-    """
-    numbers, n = np.array([*a, *b]), len(a)
-    if math.comb(len(numbers), n) <= 100_000:
-        groups = np.array(list(itertools.combinations(range(len(numbers)), n)))
-    else:
-        groups = np.random.default_rng(0).random((100_000, len(numbers))).argsort(axis=1)[:, :n]
-        groups[0] = range(n)  # the observed split is one of them
-    of_group = numbers[groups].sum(axis=1)
-    differences = np.abs(of_group / n - (numbers.sum() - of_group) / (len(numbers) - n))
-    return float(np.mean(differences >= differences[0] - 1e-9))
-
-
-def measured(name, column="accuracy", **flags):
-    """-> cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
-    return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
-
-
-def cost(file, what, **sizes):
-    """-> cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
-
-    def cell(pe):
-        path = RESULTS / f"{file}.json"
-        with reading(path):
-            rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "ratio": NUMBER}])
-        for row in rows:
-            if (sizes | {"what": what, "pe": pe}).items() <= row.items():
-                spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-                return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
-        return None
-
-    return cell
-
-
-def seeds(name, **flags):
-    """-> cell(pe): the number of runs."""
-    return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
-
-
-def sizes(name, *pixels):
-    """The columns of accuracies at other sizes, and with shuffled patches."""
-    found = {f"{size} px": f"size {size}" for size in pixels} | {"shuffled patches": "patches shuffled"}
-    columns = [(title, measured(name, column)) for title, column in found.items()]
-    return [("test", measured(name)), *columns, ("seeds", seeds(name))]
-
-
-def shifts(name):
-    """The columns of accuracies with shifted positions, which only rotary encodings see."""
-    found = {"all by 4": "shift 4", "all by 16": "shift 16"}
-    found |= {"patches by 1": "patch shift 1", "patches by 4": "patch shift 4"}
-    return [(title, measured(name, column)) for title, column in found.items()]
-
-
-def corner(pool):
-    """The columns of bearing-corner, for one way to pool."""
-    found = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
-    columns = [(title, measured("bearing-corner", f"region {place}", pool=pool)) for title, place in found.items()]
-    return [*columns, ("seeds", seeds("bearing-corner", pool=pool))]
-
-
-TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
-    "table2": [
-        ("400 epochs", measured("table2", epochs=400)),
-        ("seeds", seeds("table2", epochs=400)),
-        ("50 epochs", measured("table2", epochs=50)),
-        ("seeds", seeds("table2", epochs=50)),
-    ],
-    "figure3": [
-        *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
-        ("seeds", seeds("table2", epochs=50)),
-    ],
-    "cifar100-small": sizes("cifar100-small", 24, 48, 64),
-    "cifar100-small-shifts": shifts("cifar100-small"),
-    "cost": [
-        ("on a GPU", cost("benchmark-cuda", "training step")),
-        ("on a CPU", cost("benchmark-cpu", "training step")),
-        ("inference, on a CPU", cost("benchmark-cpu", "inference")),
-        ("memory of a step", cost("benchmark-cpu", "training step, memory")),
-    ],
-    "cost-alone": [
-        (
-            "encoding alone, of attention",
-            cost("benchmark-cpu", "encoding, forward and backward", part="tokens", tokens=1024),
-        ),
-        ("its memory, of q and k", cost("benchmark-cpu", "encoding, memory")),
-    ],
-    "table7": [
-        *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
-        ("seeds", seeds("table7", fraction=0.2)),
-    ],
-    "bearing": sizes("bearing", 24, 48, 64),
-    "bearing-shifts": shifts("bearing"),
-    "corner-mean": corner("mean"),
-    "corner-cls": corner("cls"),
-    "summary": [
-        ("`bearing`", measured("bearing")),
-        ("all positions shifted, s.d. 16 patches", measured("bearing", "shift 16")),
-        ("in the opposite corner", measured("bearing-corner", "region lower right", pool="mean")),
-        ("cost of a training step", cost("benchmark-cpu", "training step")),
-    ],
-}
-
-
-def peers():
-    """Rows that compare our encodings with other implementations."""
-    path = RESULTS / "peers-cpu.json"
-    with reading(path):
-        rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "base": str, "ratio": NUMBER}])
-    found = {}
-    for row in rows:
-        found.setdefault((row["pe"], row["base"]), {})[row["what"]] = f"{row['ratio']:.2f}"
-    titles = list(dict.fromkeys(row["what"] for row in rows))
-    lines = [[f"`{pe}`", base, *map(times.get, titles)] for (pe, base), times in found.items()]
-    return [["`--pe`", "beside", *titles], *lines] if lines else []
-
-
-def frequencies():
-    """Rows of encodings with one frequency or a range of them: accuracy in the opposite corner."""
-    lines = []
-    for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
-        flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
-        found = [values("bearing-frequencies", f"region {place}", **flags) for place in ("upper left", "lower right")]
-        if found[0]:
-            lines.append(
-                [f"`{pe}`", frequency_range(pe, theta, scale), *map(mean_and_interval, found), str(len(found[0]))]
-            )
-    return [["`--pe`", "frequencies", "where it learned", "opposite corner", "seeds"], *lines] if lines else []
-
-
-def frequency_range(pe, theta, scale):
-    """The lowest and the highest frequency of an encoding on bearing, in words."""
-    w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
-    return f"{w[0]:g}" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"
-
-
-def corner_test():
-    """Rows that test whether equivariant encodings do better in the opposite corner."""
-    lines = []
-    for pool in "mean", "cls":
-        found = {pe: values("bearing-corner", "region lower right", pe=pe, pool=pool) for pe in ENCODINGS}
-        found = {pe: numbers for pe, numbers in found.items() if numbers and ENCODINGS[pe]}
-        kinds = [[numbers for pe, numbers in found.items() if is_equivariant(pe) == kind] for kind in (True, False)]
-        if all(kinds):
-            means = [[statistics.mean(numbers) for numbers in kind] for kind in kinds]
-            runs = [list(itertools.chain(*kind)) for kind in kinds]
-            lines.append(
-                [
-                    pool,
-                    *(f"{statistics.mean(kind):.1f} ({min(kind):.1f} to {max(kind):.1f})" for kind in means),
-                    f"{permutation_test(*means):.3f} ({len(found)} encodings)",
-                    f"{permutation_test(*runs):.5f} ({sum(map(len, runs))} runs)",
-                ]
-            )
-    title = ["`--pool`", "equivariant", "not equivariant", "p, over encodings", "p, over runs"]
-    return [title, *lines] if lines else []
-
-
-def is_equivariant(pe):
-    """Whether the encoding's docstring says so; tests/test_equivariance.py verifies it."""
-    make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
-    return "not equivariant" not in sys.modules[make.__module__].__doc__
-
-
-OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corner_test}
-
-
-def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
-    """Write the tables into the pages, each between its marks."""
-    for path in paths:
-        text = path.read_text()
-        for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
-            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-            before, _, rest = text.partition(start)
-            _, found, after = rest.partition(end)
-            if not found or name not in TABLES | OTHER_TABLES:
-                names = ", ".join(TABLES | OTHER_TABLES)
-                raise UserError(f"{path} has {start.strip()} without {end} after it, or its name is not in {names}")
-            text = before + start + table(name) + end + after
-        with replacing(path) as tmp:
-            tmp.write_text(text)
-
-
-def table(name):
-    """The table in Markdown; empty if nothing was measured."""
-    lines = OTHER_TABLES[name]() if name in OTHER_TABLES else of_encodings(name)
-    return "".join(
-        f"| {' | '.join(line)} |\n" for line in [*lines[:1], *[["---"] * len(line) for line in lines[:1]], *lines[1:]]
-    )
-
-
-def of_encodings(name):
-    """A row per encoding and a column per title, where anything was measured."""
-    found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
-    found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
-    if not found:
-        return []
-    kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
-    title, theirs = PUBLISHED.get(name, (None, {}))
-    lines = [["`--pe`", *[title] * bool(title), *(TABLES[name][i][0] for i in kept)]]
-    for pe, cells in found.items():
-        lines.append([f"`{pe}`", *[theirs.get(pe, "-")] * bool(title), *(cells[i] or "-" for i in kept)])
-    return lines
 
 
 if __name__ == "__main__":

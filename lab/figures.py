@@ -33,7 +33,7 @@ from matplotlib.patches import Circle
 from PIL import Image
 
 from comrope import ComRoPE
-from lab import experiments
+from lab import experiments, report
 from lab.cli import Parser, UserError, one_line_errors
 from lab.files import make_folder, replacing
 from lab.runs import read_evaluation, read_result, read_run
@@ -378,7 +378,7 @@ def bearing_corner():
             axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
             for y in set(place):
                 numbers = [x for x, at in zip(accuracy, place, strict=True) if at == y]
-                axes.plot(experiments.interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
+                axes.plot(report.interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
                 axes.plot(mean(numbers), y, "|", color=colour, markersize=12, markeredgewidth=2)
         axes.axvline(12.5, color=GREY, linewidth=1, zorder=0)
         axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
@@ -405,7 +405,7 @@ def bearing_frequencies():
             if numbers:
                 axes.plot(place, mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
         axes.axhline(12.5, color=GREY, linewidth=1, zorder=0)
-        names = (experiments.frequency_range(pe, *option) for option in experiments.RANGES)
+        names = (report.frequency_range(pe, *option) for option in experiments.RANGES)
         axes.set_xticks(range(len(ranges)), labels=[name.replace(" to ", "\nto ") for name in names])
         axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position")
     panels[0].set_ylabel("accuracy in the opposite corner (%)")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import EQUIVARIANT, NOT_EQUIVARIANT, ROOT, SMALL, Call, as_flags, complaint, make_imagenet, weights
 
 import train
-from lab import benchmark, evaluate, experiments, figures
+from lab import benchmark, evaluate, experiments, figures, report
 from lab.data import REGIONS, Bearing
 from lab.evaluate import shuffled
 from lab.files import read_json
@@ -46,14 +46,14 @@ def given(monkeypatch):
     return given
 
 
-@pytest.mark.parametrize("script", [evaluate, experiments, figures, benchmark])
+@pytest.mark.parametrize("script", [evaluate, experiments, report, figures, benchmark])
 def test_scripts_start_as_files_and_as_modules(script, capsys):
     name = script.__name__.removeprefix("lab.")
     command = [sys.executable, f"{ROOT}/lab/{name}.py"], [sys.executable, "-m", f"lab.{name}"]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": ""}, "stdout": subprocess.PIPE, "text": True}
     for process in [subprocess.Popen([*words, "--help"], **options) for words in command]:
         assert f"python -m lab.{name}" in process.communicate()[0] and process.returncode == 0
-    assert "--wrong" in complaint(capsys, script.main, "run", "--wrong")
+    assert "--wrong" in complaint(capsys, script.main, "bearing", "--wrong")
 
 
 def test_everything_is_evaluated_kept_and_shown(capsys):

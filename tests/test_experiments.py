@@ -1,4 +1,4 @@
-"""Experiments: which runs are started, what their rows contain, and the tables made from them."""
+"""lab.experiments and lab.report: which runs are started, what their rows contain, and the tables made from them."""
 
 import re
 import shlex
@@ -12,19 +12,21 @@ import pytest
 from conftest import SMALL, as_flags, complaint
 
 import train
-from lab import distributed, evaluate, experiments
+from lab import distributed, evaluate, experiments, report
 from lab.cli import UserError
 from lab.environment import environment
-from lab.experiments import SAME, SETS, TABLES, append, read, table
+from lab.experiments import SETS, append, read
 from lab.files import write_json
+from lab.report import TABLES, table
 from vit import ENCODINGS
 
 
 @pytest.fixture(autouse=True)
 def tiny_set(monkeypatch, tiny_bearing, tmp_path):
     """An empty results folder, and a set of three tiny runs."""
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    monkeypatch.setattr(experiments, "PUBLISHED", {})
+    for module in experiments, report:
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PUBLISHED", {})
     flags = {flag: value for flag, value in SMALL.items() if flag != "device"} | {"epochs": 1, "seed": 1}
     monkeypatch.setitem(SETS, "tiny", ([{"pe": pe} | flags for pe in ("none", "ape", "axial")], "--shift 4 --shuffle"))
 
@@ -39,7 +41,9 @@ def pretend(script, deadline):
         return write_json(args.out / "result.json", result)
     args = evaluate.parse_args(script[1:])
     sizes = [4 * round(8 * times) for times in evaluate.SIZES] if args.sizes == [] else args.sizes
-    asked = {"size": sizes, "shift": args.shift, "patch shift": args.patch_shift}
+    asked = {"size": sizes}
+    if ENCODINGS[re.search("pe=([a-z-]+)", args.runs[0].name)[1]]:
+        asked |= {"shift": args.shift, "patch shift": args.patch_shift}
     found = {kind: {f"{x:g}": x for x in numbers or []} for kind, numbers in asked.items()}
     found |= {"test": {"test": 1}}
     found |= {"patches": {"shuffled": 1}} if args.shuffle else {}
@@ -99,16 +103,15 @@ def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
     assert stopped.value.code == code and Path("run/last.pt").exists() and not Path("run/result.json").exists()
 
 
-def test_a_failed_run_stops_the_set_and_the_report_is_still_written(capsys, monkeypatch, tmp_path):
+def test_a_failed_run_stops_the_set(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)  # where there is no train.py
-    monkeypatch.setattr(experiments, "report", lambda: print("the report"))
-    assert experiments.main(["tiny", "--report"]) == 2 and not read("tiny")
-    assert "the report" in (printed := capsys.readouterr()).out and "error: train.py --pe=none" in printed.err
+    assert experiments.main(["tiny"]) == 2 and not read("tiny")
+    assert "error: train.py --pe=none" in capsys.readouterr().err
 
 
 def test_impossible_flags_get_one_line(capsys):
-    assert "there is no set table8: choose from" in complaint(capsys, experiments.main, "table8")
-    assert "name a set" in complaint(capsys, experiments.main)
+    assert "'table8' (choose from" in complaint(capsys, experiments.main, "table8")
+    assert "required: SET" in complaint(capsys, experiments.main)
     assert "--minutes" in complaint(capsys, experiments.main, "table2", "--minutes=0")
 
 
@@ -118,11 +121,14 @@ def cells(name):
     return lines[0][1:], {line[0]: line[1:] for line in lines[2:]}
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if SAME.get(name, name) in SETS])
-def test_a_finished_set_fills_its_table(monkeypatch, name):
+OF_SETS = {name: "table2" if name == "figure3" else name.removesuffix("-shifts") for name in TABLES}
+
+
+@pytest.mark.parametrize("name, of_set", [item for item in OF_SETS.items() if item[1] in SETS])
+def test_a_finished_set_fills_its_table(monkeypatch, name, of_set):
     """The scripts accept the set's flags, and a column with a number in its title shows the result for that number."""
     monkeypatch.setattr(experiments, "call", pretend)
-    assert experiments.main([name]) == 0
+    assert experiments.main([of_set]) == 0
     titles, rows = cells(name)
     assert titles == [title for title, _ in TABLES[name]]
     assert list(rows) == [pe for pe in ENCODINGS if ENCODINGS[pe] or not name.endswith("shifts")]
@@ -132,7 +138,7 @@ def test_a_finished_set_fills_its_table(monkeypatch, name):
 
 
 def test_tables_show_mean_interval_and_seeds_of_what_was_measured(monkeypatch):
-    monkeypatch.setitem(experiments.PUBLISHED, "table2", ("published", {"ape": "64.2"}))
+    monkeypatch.setitem(report.PUBLISHED, "table2", ("published", {"ape": "64.2"}))
     assert table("table2") == ""
     for seed, accuracy in enumerate((70, 71, 73)):  # 70, 70, 70 and 73, 73, 73 are 1 in 27 draws each, more than 2.5 %
         append("table2", {"pe": "axial", "seed": seed, "epochs": 50, "accuracy": accuracy, "command": "python"})
@@ -144,15 +150,13 @@ def test_tables_show_mean_interval_and_seeds_of_what_was_measured(monkeypatch):
 
 def test_intervals_and_permutation_tests_agree_with_theory():
     numbers = np.random.default_rng(1).normal(50, 10, 400)
-    low, high = experiments.interval(numbers)
+    low, high = report.interval(numbers)
     half = 1.96 * numbers.std() / 20  # of a mean of 400, by the central limit theorem
     assert abs(low - numbers.mean() + half) < 0.1 * half and abs(high - numbers.mean() - half) < 0.1 * half
-    assert experiments.permutation_test([5, 6, 7], [1, 2, 3, 4]) == pytest.approx(
-        2 / 35
-    )  # and 1, 2, 3 against the rest
-    assert experiments.permutation_test([1, 2], [1, 2]) == 1
-    assert experiments.permutation_test([9, 9, 9], [1, 1, 1]) == pytest.approx(2 / 20)  # nor its mirror image
-    apart = experiments.permutation_test(range(20), range(40, 60))  # of 10^11 ways, by 100,000 draws
+    assert report.permutation_test([5, 6, 7], [1, 2, 3, 4]) == pytest.approx(2 / 35)  # and 1, 2, 3 against the rest
+    assert report.permutation_test([1, 2], [1, 2]) == 1
+    assert report.permutation_test([9, 9, 9], [1, 1, 1]) == pytest.approx(2 / 20)  # nor its mirror image
+    apart = report.permutation_test(range(20), range(40, 60))  # of 10^11 ways, by 100,000 draws
     assert apart == pytest.approx(1e-5)
 
 
@@ -192,7 +196,7 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
     path, start, end = Path("README.md"), "# Title\n<!-- bearing -->\n", "<!-- /bearing -->\nThe end.\n"
     append("bearing", {"pe": "axial", "accuracy": 99, "command": "python"})
     path.write_text(start + "| stale |\n" + end)
-    experiments.report([path])
+    report.report([path])
     assert path.read_text() == start + table("bearing") + end and "| 99.0 |" in table("bearing")
     whole = start + end + "<!-- cost -->\n<!-- /cost -->\n"
     for name, text in ("", start), ("benchmark-cpu.json", whole), ("bearing.csv", whole):
@@ -200,7 +204,7 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
         if name:
             Path(name).write_bytes(b"\xff\xfe{\n garbage")
         with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> after it"):
-            experiments.report([path])
+            report.report([path])
         assert path.read_text() == text
     path.unlink()
     Path("bearing.csv").write_text("pe,accuracy,command\naxial,high,python\n")

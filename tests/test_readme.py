@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, SMALL, as_flags
 
 import train
-from lab import benchmark, evaluate, experiments, figures
+from lab import benchmark, evaluate, experiments, figures, report
 from vit import ENCODINGS
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
@@ -45,7 +45,7 @@ def test_the_tutorials_encoding_is_what_it_says_and_trains(monkeypatch, tiny_bea
 
 @pytest.mark.parametrize("script, flags", COMMANDS)
 def test_every_command_is_accepted(monkeypatch, script, flags):
-    for module, name in (experiments, "run_set"), (experiments, "report"), (figures, "read_runs"):
+    for module, name in (experiments, "run_set"), (report, "report"), (figures, "read_runs"):
         monkeypatch.setattr(module, name, Mock(return_value=[]))  # these scripts parse flags in main
     monkeypatch.setattr(figures, "OF_ENCODINGS", {})
     monkeypatch.chdir(ROOT)
@@ -54,7 +54,7 @@ def test_every_command_is_accepted(monkeypatch, script, flags):
 
 
 def test_every_flag_exists(capsys):
-    for script in train, evaluate, experiments, figures, benchmark:
+    for script in train, evaluate, experiments, report, figures, benchmark:
         with pytest.raises(SystemExit):
             script.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
@@ -72,8 +72,8 @@ def test_every_test_and_every_file_exists():
 def test_the_tables_show_the_results(tmp_path):
     for page, text in PAGES.items():
         (tmp_path / "page.md").write_text(text)
-        experiments.report([tmp_path / "page.md"])
-        assert (tmp_path / "page.md").read_text() == text, f"{page}: run python -m lab.experiments --report"
+        report.report([tmp_path / "page.md"])
+        assert (tmp_path / "page.md").read_text() == text, f"{page}: run python -m lab.report"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
