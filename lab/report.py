@@ -244,7 +244,33 @@ def is_equivariant(pe):
     return "not equivariant" not in sys.modules[make.__module__].__doc__
 
 
-OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corner_test}
+def differences():
+    """Rows of the encodings' differences on cifar100-small, from the seeds that all of them have."""
+    rows = read("cifar100-small")
+    found = {pe: {row["seed"]: float(row["accuracy"]) for row in rows if row["pe"] == pe} for pe in ENCODINGS}
+    found = {pe: accuracies for pe, accuracies in found.items() if accuracies}
+    shared = set.intersection(*map(set, found.values())) if found else ()
+    if len(found) < 2 or len(shared) < 2:
+        return []
+    numbers = np.array([[accuracies[seed] for seed in shared] for accuracies in found.values()])
+    means, error = numbers.mean(axis=1), standard_error(numbers)
+    lines = [[f"`{pe}`", *(f"{means[i] - mean:+.2f}" for mean in means[:i])] for i, pe in enumerate(found)]
+    titles = [f"row - column, s.e. {error:.2f}", *(f"`{pe}`" for pe in found)]
+    return [titles[:-1], *(line + [""] * (len(found) - len(line)) for line in lines[1:])]
+
+
+def standard_error(numbers):
+    """The standard error of the difference of any two rows' means, for numbers (encodings, seeds).
+
+    Differences are taken seed by seed, because runs with the same seed see the same batches. All rows are assumed to
+    vary alike, which makes the best of few seeds: this is the two-way analysis of variance.
+    """
+    k, n = numbers.shape
+    rest = numbers - numbers.mean(axis=1, keepdims=True) - numbers.mean(axis=0) + numbers.mean()
+    return math.sqrt(2 * (rest**2).sum() / ((k - 1) * (n - 1)) / n)
+
+
+OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corner_test, "differences": differences}
 
 
 def report(paths=(ROOT / "README.md", RESULTS / "README.md")):

@@ -1,5 +1,6 @@
 """lab.experiments and lab.report: which runs are started, what their rows contain, and the tables made from them."""
 
+import math
 import re
 import shlex
 import signal
@@ -168,6 +169,20 @@ def test_the_corner_is_tested_over_encodings_and_over_runs():
     (line,) = table("corner-test").splitlines()[2:]
     assert line.startswith("| mean | 85.0 (80.0 to 90.0) | 35.0 (30.0 to 40.0) | 0.333 (4 encodings) | 0.0")
     assert line.endswith("(12 runs) |")
+
+
+def test_differences_are_taken_between_runs_with_the_same_seed():
+    for pe, accuracies in ("none", (20, 23)), ("axial", (25, 28)), ("mixed", (26, 29.3)):
+        for seed, accuracy in enumerate(accuracies):
+            append("cifar100-small", {"pe": pe, "seed": seed, "accuracy": accuracy, "command": "python"})
+    append("cifar100-small", {"pe": "axial", "seed": 2, "accuracy": 90, "command": "python"})  # not shared
+    titles, rows = cells("differences")
+    assert titles == ["none", "axial"] and rows == {"axial": ["+5.00", ""], "mixed": ["+6.15", "+1.15"]}
+    assert table("differences").startswith("| row - column, s.e. 0.12 |")  # 0.3 / sqrt(6)
+    random = np.random.default_rng(0)
+    offsets = random.normal(0, 9, (300, 1)) + random.normal(0, 9, 4)
+    error = report.standard_error(offsets + random.normal(0, 2, (300, 4)))
+    assert error == pytest.approx(2 * math.sqrt(2 / 4), rel=0.08)  # 900 degrees of freedom: s.d. 2.4 %
 
 
 def test_frequencies_and_peers_have_a_row_for_what_was_measured():
