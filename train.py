@@ -63,10 +63,10 @@ IMAGENET = {  # flags for --dataset imagenet alone
     "eval_size": (COUNT, None, "side of the test images in pixels, if different"),
     "limit_classes": (COUNT, None, "use only this many classes, first by name"),
     "workers": (number(int, 0), 8, "image-decoding processes per GPU"),
-    "skip_damaged": (bool, False, "skip images that cannot be read"),
+    "skip_corrupt": (bool, False, "skip images that cannot be read"),
 }
 VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_scale", "dropout", "drop_path"
-FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_damaged", "micro_batch"
+FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_corrupt", "micro_batch"
 CHECKPOINT_SECONDS = 60  # the most work that a killed run loses
 SHOW_SECONDS = 0.5  # between progress-bar updates, because reading the loss waits for the GPU
 
@@ -280,8 +280,8 @@ def main(argv=None):
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
         "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
     )
-    if damaged := len(union(data.damaged)):
-        print(f"corrupt images skipped: {damaged}")
+    if corrupt := len(union(data.corrupt)):
+        print(f"corrupt images skipped: {corrupt}")
     cleanup()
 
 

@@ -41,7 +41,7 @@ AUGMENT = "none", "3", "mix"
 class Dataset:
     """Base class: a uint8 test set on the device, and normalisation with the mean and s.d. of the training images."""
 
-    damaged = frozenset()  # files that could not be read
+    corrupt = frozenset()  # files that could not be read
     contents = ""  # for folders: number of images and classes, and a checksum of their names
 
     def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):

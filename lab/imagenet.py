@@ -57,8 +57,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # la
 class ImageNet(Dataset):
     """fraction < 1 trains on a subset of the images, the same for every seed; limit_classes keeps the first by name.
 
-    An unreadable image raises a UserError. With skip_damaged it is instead replaced by another one in training and left
-    out of the test; damaged holds the paths of such files that this rank has met.
+    An unreadable image raises a UserError. With skip_corrupt it is instead replaced by another one in training and left
+    out of the test; corrupt holds the paths of such files that this rank has met.
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +74,7 @@ class ImageNet(Dataset):
         img_size=224,
         workers=8,
         limit_classes=None,
-        skip_damaged=False,
+        skip_corrupt=False,
         **place,
     ):
         super().__init__(batch_size, **place)
@@ -89,10 +89,10 @@ class ImageNet(Dataset):
         self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
         self.contents = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
-        self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_damaged)
-        self.test = Reader(val, tests, test_labels, img_size, False, skip_damaged)
+        self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_corrupt)
+        self.test = Reader(val, tests, test_labels, img_size, False, skip_corrupt)
         self.seed, self.augment, self.workers = seed, augment, workers
-        self.batches, self.next_step, self.damaged = None, None, set()
+        self.batches, self.next_step, self.corrupt = None, None, set()
 
     def train_batch(self, step):
         """-> images (B / world_size, 3, S, S), labels (B / world_size,) or soft targets (B / world_size, num_classes).
@@ -149,11 +149,11 @@ class ImageNet(Dataset):
             worker_init_fn=set_signals,
             generator=torch.Generator(),  # else it draws from the global one when it starts, and a resumed step differs
         )
-        return received(loader, self.device, self.damaged)  # without self, so that workers end with the data set
+        return received(loader, self.device, self.corrupt)  # without self, so that workers end with the data set
 
 
-def received(loader, device, damaged):
-    """Yield images (B, 3, S, S) uint8 and labels (B,) on the device. Adds the paths of unreadable files to damaged."""
+def received(loader, device, corrupt):
+    """Yield images (B, 3, S, S) uint8 and labels (B,) on the device. Adds the paths of unreadable files to corrupt."""
     batches = iter(loader)
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler can raise anywhere, even during an update
@@ -161,7 +161,7 @@ def received(loader, device, damaged):
         if isinstance(batch, str):
             raise UserError(batch)
         images, labels, unreadable = batch
-        damaged.update(unreadable)
+        corrupt.update(unreadable)
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
         yield images.permute(0, 3, 1, 2).contiguous(), labels
 
@@ -237,14 +237,14 @@ class Reader:
     labels: np.ndarray
     S: int
     augment: bool
-    skip_damaged: bool
+    skip_corrupt: bool
 
     def __getitem__(self, job):
         """Indices (B,) and a seed for each (None in a test) -> (B, S, S, 3) uint8, labels (B,), paths of corrupt files.
 
         Or an error message, a str: an error raised here would arrive with this process's traceback in it.
         """
-        images, labels, damaged = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
+        images, labels, corrupt = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
         for i, seed in zip(*job, strict=True):
             random = seed and np.random.default_rng(seed)
             for _ in range(TRIES):
@@ -254,16 +254,16 @@ class Reader:
                     labels.append(self.labels[i])
                     break
                 except Exception as e:  # a corrupt file can fail in any way
-                    if not self.skip_damaged:
+                    if not self.skip_corrupt:
                         why = f"{type(e).__name__}: {e}"
-                        return f"cannot read {path} ({why}): fix it, delete it, or use --skip-damaged"
-                damaged.append(str(path))
+                        return f"cannot read {path} ({why}): fix it, delete it, or use --skip-corrupt"
+                corrupt.append(str(path))
                 if random is None:
                     break
                 i = random.integers(len(self.files))
             else:
                 return f"cannot read {path}, nor the {TRIES - 1} images tried before it: check {self.folder}"
-        return images[: len(labels)], np.array(labels, dtype=np.int64), damaged
+        return images[: len(labels)], np.array(labels, dtype=np.int64), corrupt
 
 
 def load(path, S, random=None):

@@ -150,8 +150,8 @@ def read_checkpoint(folder, device):
     path = checkpoint(folder)
     content = io.BytesIO(path.read_bytes())
     with reading(path), warnings.catch_warnings(action="ignore"):
-        if damaged := zipfile.ZipFile(content).testzip():  # torch does not verify checksums
-            raise ValueError(f"bad checksum of {damaged}")
+        if corrupt := zipfile.ZipFile(content).testzip():  # torch does not verify checksums
+            raise ValueError(f"bad checksum of {corrupt}")
         content.seek(0)
         saved = torch.load(content, map_location=device, weights_only=True)
         require(saved, CHECKPOINT)

@@ -75,7 +75,7 @@ def started():
     return {
         "stopped": torchrun(*FLAGS, "--out=stopped", SIGNAL="SIGINT"),
         "killed": torchrun(*FLAGS, "--out=killed", "--epochs=1000", SIGNAL="SIGKILL"),
-        "damaged": torchrun(*FLAGS, "--out=damaged", "--data-dir=broken"),
+        "corrupt": torchrun(*FLAGS, "--out=corrupt", "--data-dir=broken"),
         "odd": torchrun(*FLAGS, "--out=odd-run", "--data-dir=odd"),
     }
 
@@ -105,11 +105,11 @@ def test_two_processes_resume_to_the_same_end_in_micro_batches(stopped):
     assert out.count("test accuracy after 3 epochs") == 1
 
 
-def test_a_damaged_image_on_one_process_stops_both_and_saves_all(started):
-    _, err = started["damaged"].communicate()
+def test_a_corrupt_image_on_one_process_stops_both_and_saves_all(started):
+    _, err = started["corrupt"].communicate()
     errors = re.findall("^error: .*", err, re.MULTILINE)
     assert 1 <= len(errors) <= 2 and all("cannot read broken/train/a/" in e and "--resume" in e for e in errors)
-    assert Path("damaged/last.pt").exists() and not Path("damaged/result.json").exists()
+    assert Path("corrupt/last.pt").exists() and not Path("corrupt/result.json").exists()
 
 
 def test_an_image_that_only_rank_1_cannot_read_is_named(started):

@@ -390,22 +390,22 @@ def error(function, *args):
 def test_a_corrupt_image_is_an_error_with_its_path_and_a_way_out(root, part, name):
     path, data = corrupt(root, part, name), make(root, batch_size=17)
     message = error(data.train_batch, 0) if part == "train" else error(list, data.test_batches())
-    assert message.startswith(f"cannot read {path}") and "--skip-damaged" in message
+    assert message.startswith(f"cannot read {path}") and "--skip-corrupt" in message
 
 
 def test_corrupt_images_are_replaced_in_training_and_left_out_of_the_test(root):
     for part, name in itertools.product(("train", "val"), CORRUPT):
         corrupt(root, part, name)
-    options = {"batch_size": 40, "skip_damaged": True}  # more than all files
+    options = {"batch_size": 40, "skip_corrupt": True}  # more than all files
     data = make(root, **options)
     first = batches(data, range(2))
-    assert len(data.damaged) == len(CORRUPT)  # files, however often they were met
+    assert len(data.corrupt) == len(CORRUPT)  # files, however often they were met
     for images, labels in first:
         assert labels.tolist() == [LABELS[i] for i in numbers(images)]
         assert len(labels) == 40 and len(set(numbers(images))) == 16
     assert numbers(first[0][0]) != numbers(first[1][0])
     tested = [i for images, _ in data.test_batches(len(CORRUPT) + 1) for i in numbers(images)]  # both kinds in one
-    assert sorted(tested) == list(range(16, 23)) and len(data.damaged) == 2 * len(CORRUPT)
+    assert sorted(tested) == list(range(16, 23)) and len(data.corrupt) == 2 * len(CORRUPT)
     assert same(batches(make(root, workers=2, **options), range(2)), first)
     for rank in 0, 1:
         own = batches(make(root, rank=rank, world_size=2, **options), range(2))
@@ -416,10 +416,10 @@ def test_one_good_image_is_enough_to_train_but_none_is_an_error_and_nothing_to_t
     *bad, good = (root / file for file in FILES[:16])
     for path in *bad, *(root / file for file in FILES[16:]):
         path.write_bytes(b"")
-    data, *others = (make(root, batch_size=16, skip_damaged=True, workers=workers) for workers in (0, 0, 1))
+    data, *others = (make(root, batch_size=16, skip_corrupt=True, workers=workers) for workers in (0, 0, 1))
     images, labels = data.train_batch(0)
-    assert set(numbers(images)) == {15} and set(labels.tolist()) == {1} and len(data.damaged) == 15
-    assert list(data.test_batches(batch_size=3)) == [] and len(data.damaged) == 22
+    assert set(numbers(images)) == {15} and set(labels.tolist()) == {1} and len(data.corrupt) == 15
+    assert list(data.test_batches(batch_size=3)) == [] and len(data.corrupt) == 22
     good.unlink()
     for other in others:
         message = error(other.train_batch, 0)

@@ -243,12 +243,12 @@ def test_imagenet_resumes_to_the_same_bits(workers):
     assert weights("whole")["step"] == 3 * (16 // 6) and len(weights("whole")["model"]["head.bias"]) == 2
 
 
-def test_a_damaged_image_stops_the_run_with_its_path_or_is_skipped(capsys):
+def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
     make_imagenet("in")
     Path("in/train/b/3.jpeg").write_bytes(b"no image")
     line = bad(capsys, *FOLDERS, "--out=a")
-    assert "in/train/b/3.jpeg" in line and "--skip-damaged" in line and "--resume" in line
-    assert run(*FOLDERS, "--out=a", "--skip-damaged", "--resume") == 0
+    assert "in/train/b/3.jpeg" in line and "--skip-corrupt" in line and "--resume" in line
+    assert run(*FOLDERS, "--out=a", "--skip-corrupt", "--resume") == 0
     assert "corrupt images skipped: 1" in capsys.readouterr().out
     Path("in/val/b/3.jpeg").write_bytes(b"no image")
     assert evaluate.main(["a", "--data-dir=in", "--shuffle"]) == 0  # as the run left out
@@ -288,7 +288,7 @@ def test_a_batch_that_fails_for_any_reason_leaves_a_checkpoint(error, capsys):
         ("--fraction 0.5", "leave --fraction out"),
         ("--augment mix", "leave --augment out"),
         ("--workers 2", "--workers is for --dataset imagenet"),
-        ("--skip-damaged", "--skip-damaged is for --dataset imagenet"),
+        ("--skip-corrupt", "--skip-corrupt is for --dataset imagenet"),
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
         ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
         ("--micro-batch 5", "--micro-batch must divide the 16 images per process: try 4"),
@@ -481,7 +481,7 @@ def test_there_is_no_result_without_a_tested_image(capsys):
     assert run(*FOLDERS, "--out=a", "--epochs=1") == 0
     for path in Path("in/val").rglob("*.jpeg"):
         path.write_bytes(b"no image")
-    assert "no test image could be read: check --data-dir\n" in bad(capsys, *FOLDERS, "--out=b", "--skip-damaged")
+    assert "no test image could be read: check --data-dir\n" in bad(capsys, *FOLDERS, "--out=b", "--skip-corrupt")
     assert not Path("b/result.json").exists()
 
 
