@@ -1,35 +1,37 @@
 """ComRoPE: matrix exponentials that commute, and so are equivariant (Yu et al. 2025, eq. 8 and 10).
 
     rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
-    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
+    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
-A token at position p turns each block of b channels of its query and key by a power of one rotation of that block:
+Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
+each block of b channels of its query and key by the exponential of its own skew-symmetric matrix, times a number c:
 
-    R(p) = diag(exp(c_1 B_1), ..., exp(c_K B_K))      B_j = P_j - P_j^T, P_j learned for each head
+    R(p) = diag(exp(c_0 B_0), exp(c_1 B_1), ...)      B_j = P_j - P_j^T, P_j learned for each head
 
 torch.matrix_exp(c * B) computes the same, slowly. There are two kinds:
 
-    ld    linearly dependent: c_j = theta_1j p_1 + ... + theta_Mj p_M, theta learned and shared by the heads
-    ap    axial partition: the blocks belong to the M axes in turn; theta_mj is 1 for block j's axis m, and else 0
+    ld    linearly dependent: c_j = theta_xj x + theta_yj y, theta learned and shared by the heads
+    ap    axial partition: c_0 = x, c_1 = y, c_2 = x, and so on
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
-    equivariant    R(p)^T R(q) = R(q - p): all that meets in a block commutes
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
+    equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: multiples of one matrix commute
     oblique        with ld, as Mixed RoPE; with ap a block knows one axis only
 
 What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6   7   8
-             | exp(c_1 B_1)  | exp(c_2 B_2)  |free       ap: c_1 = x, c_2 = y
+             | exp(c_0 B_0)  | exp(c_1 B_1)  |free
 
-P = 0 makes R = I: a model that was trained without it can be given ComRoPE, and fine-tuned. On a grid that spans
-[-pi, pi], P begins in N(0, 1 / (2 pi)^2) and theta in N(0, 1). Source: arXiv 2506.03737.
+P is initialized from N(0, 1 / (2 pi)^2), theta from N(0, 1); exempt blocks and theta from weight decay. To fine-tune a
+model that was trained without ComRoPE, start with R = I: nn.init.zeros_(rope.blocks). The exponentials, one for each
+distinct coordinate (compiled: each token), are kept for the backward pass; torch.utils.checkpoint saves that memory.
+All of this holds for M axes. Source: arXiv 2506.03737.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
@@ -54,14 +56,14 @@ class ComRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
         return turn(q, R), turn(k, R)
 
     def rotate(self, x, pos):
-        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
         return turn(x, self.block_rotations(x, pos))
 
     def block_rotations(self, x, pos):
@@ -69,20 +71,11 @@ class ComRoPE(nn.Module):
         check(self, x, pos)
         dtype = torch.promote_types(x.dtype, torch.float32)
         P, theta = self.blocks.to(dtype), self.factors(dtype)
-        B = P - P.mT
+        B = P - P.mT  # (H, K, b, b)
         with no_autocast(x):
-            if is_tracing(pos, B, theta) or pos.requires_grad or unpack_dual(pos).tangent is not None:
-                return skew_exp(torch.einsum("...tm,mk,hkij->...htkij", pos.to(dtype), theta, B))
-            # exp(theta_1 x B) exp(theta_2 y B), with one exponential for each distinct coordinate, and for x and -x
-            # together: there are fewer of these than points in a grid
-            x, index = pos.abs().unique(return_inverse=True)
-            index = index + len(x) * (pos < 0)
-            E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", x.to(dtype), theta, B))
-            E = torch.cat([E, E.mT], dim=2)
-            R, *others = (E_m.index_select(1, i.flatten()) for E_m, i in zip(E, index.unbind(-1), strict=True))
-            for other in others:
-                R = R @ other
-            return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
+            if is_tracing(pos, B, theta) or is_differentiated(pos):
+                return skew_exp(torch.einsum("...tm,mk,hkij->...htkij", pos.to(dtype), theta, B))  # exp(c B)
+            return shared_exponentials(pos, theta, B)  # the same, but only once for each distinct coordinate
 
     def rotation(self, pos):
         """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
@@ -105,7 +98,7 @@ class ComRoPE(nn.Module):
 
 
 def turn(x, R):
-    """R x for x (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
+    """R x for x (B, H * G, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
     H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
     with no_autocast(x):
         blocks = x[..., : K * b].to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
@@ -117,21 +110,42 @@ def turn(x, R):
 # What makes it fast and safe
 
 
+def is_differentiated(pos):
+    """Whether gradients or tangents flow through pos: they would not flow through the choice of distinct ones."""
+    return pos.requires_grad or unpack_dual(pos).tangent is not None
+
+
+def shared_exponentials(pos, theta, B):
+    """exp(theta_x x B) exp(theta_y y B), with one exponential for each distinct coordinate, and for x and -x together.
+
+    A grid has far fewer coordinates than points.
+    """
+    c, index = pos.abs().unique(return_inverse=True)
+    index = index + len(c) * (pos < 0)
+    E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", c.to(B.dtype), theta, B))
+    E = torch.cat([E, E.mT], dim=2)
+    R, *others = (E_m.index_select(1, i.flatten()) for E_m, i in zip(E, index.unbind(-1), strict=True))
+    for other in others:
+        R = R @ other
+    return R.unflatten(1, index.shape[:-1]).movedim(0, -5)
+
+
 def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most sqrt(|A^2|_F /
-    sqrt(2)), as eigenvalues come in pairs. Where that is above 3200, and float32 no longer accurate, or NaN, the result
-    is NaN; other matrices are not affected.
+    sqrt(2)), as eigenvalues come in pairs. Where that is NaN or above 3200, too much for float32, the result is NaN;
+    other matrices are not affected.
     """
     A2 = A @ A
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
     good = (norm <= 3200)[..., None, None]
     A, A2 = A.where(good, 0), A2.where(good, 0)
     A3 = A2 @ A
-    largest = 3200 if is_tracing(A) else F.pad(norm.where(norm <= 3200, 0).flatten(), (0, 1)).max().item()
-    s = max(0, math.frexp(largest / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    largest = 3200 if is_tracing(A) or not norm.numel() else norm.where(norm <= 3200, 0).max().item()
+    most = 0.008 if A.dtype == torch.float64 else 0.28  # |A / 2^s|^7 / 7! is below rounding
+    s = max(0, math.frexp(largest / most)[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
@@ -152,7 +166,10 @@ def is_tracing(*tensors):
 
 
 def no_autocast(x):
-    """A context without autocast: rotations need float32 or better."""
+    """A context without autocast: rotations need float32 or better.
+
+    It does not reach the gradients of compiled code: set torch._functorch.config.backward_pass_autocast = "off".
+    """
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 

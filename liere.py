@@ -1,16 +1,17 @@
 """LieRE: learned rotations of a head's channels, or of blocks of them, by matrix exponentials (Ostmeier et al. 2024).
 
     rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
-    q, k = rope(q, k, pos)                                # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
+    q, k = rope(q, k, pos)                                # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
-A token at position p = (x, y) turns its query and key by the exponential of a skew-symmetric matrix linear in p:
+Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
+its query and key by the exponential of a skew-symmetric matrix that is linear in p:
 
     R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head
 
-torch.matrix_exp(x * A_x + y * A_y) computes the same, slowly. R is
+torch.matrix_exp(x * A_x + y * A_y) computes the same, slowly. A_m consists of blocks of block_size = b channels. R is
 
-    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
-    not equivariant    R(p)^T R(q) = R(q - p) only if A_x A_y = A_y A_x: always in blocks of 2, rarely in larger ones
+    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
+    not equivariant    R(p)^T R(q) = R(q - p) for all p, q only if A_x and A_y commute: blocks of 2 do, others rarely
     oblique            a block mixes x and y freely
 
 What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
@@ -20,14 +21,15 @@ What turns which channels (head_dim = 9, block_size = 4; leftover channels come 
 
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
 RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). U is initialized from U[0, 1), in radians per unit of position. Source: arXiv 2406.10322.
+2511.08368). The entries of U, in radians per unit of position, are initialized uniformly in [0, 1); exempt generators
+from weight decay. The exponentials, one for each distinct position (compiled: each token), are kept for the backward
+pass; torch.utils.checkpoint saves that memory. Source: arXiv 2406.10322.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
@@ -46,29 +48,24 @@ class LieRE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
         return turn(q, R), turn(k, R)
 
     def rotate(self, x, pos):
-        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
         return turn(x, self.block_rotations(x, pos))
 
     def block_rotations(self, x, pos):
         """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
         check(self, x, pos)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        A = self.matrices(dtype)
+        A = self.matrices(torch.promote_types(x.dtype, torch.float32))
         with no_autocast(x):
-            if is_tracing(pos, A) or pos.requires_grad or unpack_dual(pos).tangent is not None:
-                return skew_exp(torch.einsum("...tm,hmkij->...htkij", pos.to(dtype), A))
-            # The same, but one exponential for each distinct position, and for p and -p together: R(-p) = R(p)^T
-            p, index = distinct(pos)
-            R = skew_exp(torch.einsum("nm,hmkij->hnkij", p.to(dtype), A))
-            R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
-            return R.movedim(0, -5)
+            if is_tracing(pos, A) or is_differentiated(pos):
+                return skew_exp(torch.einsum("...tm,hmkij->...htkij", pos.to(A.dtype), A))  # exp(x A_x + y A_y)
+            return shared_exponentials(pos, A)  # the same, but only once for each distinct position
 
     def matrices(self, dtype=torch.float32):
         """A_m = U_m - U_m^T of each block: (H, M, K, b, b)."""
@@ -91,7 +88,7 @@ class LieRE(nn.Module):
 
 
 def turn(x, R):
-    """R x for x (B, H, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
+    """R x for x (B, H * G, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
     H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
     with no_autocast(x):
         blocks = x[..., : K * b].to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
@@ -101,6 +98,19 @@ def turn(x, R):
 
 
 # What makes it fast and safe
+
+
+def is_differentiated(pos):
+    """Whether gradients or tangents flow through pos: they would not flow through the choice of distinct ones."""
+    return pos.requires_grad or unpack_dual(pos).tangent is not None
+
+
+def shared_exponentials(pos, A):
+    """exp(x A_x + y A_y), once for each distinct position, and for p and -p together: R(-p) = R(p)^T."""
+    p, index = distinct(pos)
+    R = skew_exp(torch.einsum("nm,hmkij->hnkij", p.to(A.dtype), A))
+    R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return R.movedim(0, -5)
 
 
 def distinct(pos):
@@ -122,16 +132,17 @@ def skew_exp(A):
 
     X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
     keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most sqrt(|A^2|_F /
-    sqrt(2)), as eigenvalues come in pairs. Where that is above 3200, and float32 no longer accurate, or NaN, the result
-    is NaN; other matrices are not affected.
+    sqrt(2)), as eigenvalues come in pairs. Where that is NaN or above 3200, too much for float32, the result is NaN;
+    other matrices are not affected.
     """
     A2 = A @ A
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
     good = (norm <= 3200)[..., None, None]
     A, A2 = A.where(good, 0), A2.where(good, 0)
     A3 = A2 @ A
-    largest = 3200 if is_tracing(A) else F.pad(norm.where(norm <= 3200, 0).flatten(), (0, 1)).max().item()
-    s = max(0, math.frexp(largest / (0.008 if A.dtype == torch.float64 else 0.28))[1])
+    largest = 3200 if is_tracing(A) or not norm.numel() else norm.where(norm <= 3200, 0).max().item()
+    most = 0.008 if A.dtype == torch.float64 else 0.28  # |A / 2^s|^7 / 7! is below rounding
+    s = max(0, math.frexp(largest / most)[1])
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
@@ -152,7 +163,10 @@ def is_tracing(*tensors):
 
 
 def no_autocast(x):
-    """A context without autocast: rotations need float32 or better."""
+    """A context without autocast: rotations need float32 or better.
+
+    It does not reach the gradients of compiled code: set torch._functorch.config.backward_pass_autocast = "off".
+    """
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 

@@ -1,16 +1,17 @@
 """Axial RoPE: each pair of channels turns with the position along one axis (Su et al. 2021; Heo et al. 2024).
 
     rope = AxialRoPE(head_dim=64, num_heads=6)  # one for each attention layer
-    q, k = rope(q, k, pos)                      # q, k (B, H, T, D); pos (T, 2): x, y of each token, in [-pi, pi]
+    q, k = rope(q, k, pos)                      # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
-A token at position p = (x, y) turns the pairs of channels of its query and key, half of them with x, half with y:
+Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
+the pairs of channels of its query and key, half of them with x, half with y:
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
 In a score q_i^T R(p_i)^T R(p_j) k_j the key turns by p_j, and back by p_i: what is left is p_j - p_i. R is
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
-    equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
+    equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: scores ignore a shift of all positions
     not oblique    a pair knows one axis only, and so a score is f(x_j - x_i) + g(y_j - y_i)
 
 What turns which channels (head_dim = 10; leftover channels come last, unrotated):
@@ -22,7 +23,7 @@ Frequencies w are in radians per unit of position:
 
     fixed      w_d = theta^(-2d / D), D = head_dim, the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
-    learned    one for each head, axis and pair, initialized from U[0, 1)
+    learned    one for each head, axis and pair, initialized from U[0, 1); exempt freqs from weight decay
 
 All of this holds for M axes. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
@@ -52,14 +53,14 @@ class AxialRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
@@ -86,7 +87,7 @@ class AxialRoPE(nn.Module):
         return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, learned={self.learned}, uniform={self.uniform}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, theta={self.theta:g}, learned={self.learned}"
 
 
 def turn(x, table):
@@ -96,10 +97,7 @@ def turn(x, table):
     n = 2 * table.shape[-2]
     pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
     with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            pairs = real_product(pairs, table)
-        else:  # (a + ib) (cos + i sin)
-            pairs = torch.view_as_real(as_complex(pairs.to(table.dtype)) * torch.view_as_complex(table))
+        pairs = product(pairs, table)  # a cos - b sin, a sin + b cos
         pairs = pairs.flatten(-2).type_as(x)
         return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
 
@@ -107,13 +105,15 @@ def turn(x, table):
 # What makes it fast and safe
 
 
-def real_product(z, w):
-    """(a + ib) (cos + i sin), for z (..., 2) and w (..., 2), in real arithmetic, which compilers can fuse."""
+def product(z, w):
+    """(a + ib) (cos + i sin), for z and w (..., 2): as complex numbers, or as real ones, which compilers can fuse."""
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return torch.view_as_real(as_complex(z.to(w.dtype)) * torch.view_as_complex(w))
     (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
     if torch.compiler.is_compiling() and z.device.type == "cpu":
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    turned = torch.stack([-b, a], dim=-1)  # the same as cos * z + sin * iz, with fewer instructions on a GPU
-    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * turned
+    iz = torch.stack([-b, a], dim=-1)  # cos z + sin iz takes fewer instructions on a GPU
+    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * iz
 
 
 def as_complex(z):

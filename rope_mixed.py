@@ -1,14 +1,15 @@
 """Mixed RoPE: each pair of channels turns along a direction of its own, which is learned (Heo et al. 2024).
 
     rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer; 14 x 14 patches in training
-    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y, in [-pi, pi]
+    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
-A token at position p = (x, y) turns every pair of channels of its query and key by an angle that is linear in p:
+Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
+every pair of channels of its query and key by an angle that is linear in p:
 
     R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
-    equivariant    R(p)^T R(q) = R(q - p): a shift of all positions leaves every score as it was
+    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
+    equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: scores ignore a shift of all positions
     oblique        a pair can respond to a direction that is not along an axis
 
 What turns which channels (head_dim = 7; leftover channels come last, unrotated):
@@ -16,15 +17,15 @@ What turns which channels (head_dim = 7; leftover channels come last, unrotated)
     channel   0   1   2   3   4   5   6
              |w_0 . p|w_1 . p|w_2 . p|free
 
-It is all that equivariance allows: any exponentials that are equivariant are Mixed RoPE in another basis (van de Geijn
-et al. 2025, proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies are learned for
-each head, axis and pair, in radians per unit of position. They begin as
+No equivariant R(p) = exp(x A_x + y A_y) is more general: each is Mixed RoPE in another basis (van de Geijn et al. 2025,
+proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies, in radians per unit of
+position, are learned for each head, axis and pair; exempt freqs from weight decay. They start as
 
-    heo        two orthogonal directions, turned at random, for each head; half of the pairs along each of them, by
-               theta^(-4d / D) radians per patch: positions span [-pi, pi], so grid, the patches per side, converts it
+    heo        two orthogonal directions for each head, turned at random; w_d, the d-th frequency along each of them, is
+               theta^(-4d / D) radians per patch, and there are grid patches in 2 pi, end points included
     uniform    U[0, 1), as in van de Geijn et al.
 
-All of this holds for any number M of axes. Source: arXiv 2403.13298.
+With M axes, there are M directions, and w_d is theta^(-2Md / D). Source: arXiv 2403.13298.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -46,12 +47,13 @@ class MixedRoPE(nn.Module):
             raise ValueError(f"init must be 'heo' or 'uniform', got {init!r}")
         if theta <= 0:
             raise ValueError(f"theta must be above 0, got {theta}")
-        self.head_dim, self.num_heads, self.pos_dim, self.init = head_dim, num_heads, pos_dim, init
-        freqs = torch.rand(num_heads, pos_dim, pairs)
+        self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
+        self.init, self.theta, self.grid = init, theta, grid
+        freqs = torch.rand(num_heads, pos_dim, pairs)  # init="uniform"
         if init == "heo":
             directions = torch.randn(num_heads, pos_dim, pos_dim, dtype=torch.float32)
             basis, upper = torch.linalg.qr(directions)  # columns: a head's directions
-            basis *= upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # any direction is as likely
+            basis *= upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else QR would choose the signs
             basis[..., -1] *= torch.linalg.det(basis).sign()[:, None]  # turned, not mirrored
             d = torch.arange(pairs)
             along = math.ceil(pairs / pos_dim)  # pairs along each direction
@@ -62,21 +64,21 @@ class MixedRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
         """Cosine and sine of each pair's angle w . p: (num_heads, T, pairs, 2) or (B, num_heads, T, pairs, 2)."""
         check(self, x, pos)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        angle = (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)
+        angle = (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)  # w . p
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def rotation(self, pos):
@@ -88,7 +90,8 @@ class MixedRoPE(nn.Module):
         return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, init={self.init!r}"
+        options = f"init={self.init!r}, theta={self.theta:g}, grid={self.grid}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
 
 
 def turn(x, table):
@@ -98,10 +101,7 @@ def turn(x, table):
     n = 2 * table.shape[-2]
     pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
     with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            pairs = real_product(pairs, table)
-        else:  # (a + ib) (cos + i sin)
-            pairs = torch.view_as_real(as_complex(pairs.to(table.dtype)) * torch.view_as_complex(table))
+        pairs = product(pairs, table)  # a cos - b sin, a sin + b cos
         pairs = pairs.flatten(-2).type_as(x)
         return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
 
@@ -109,13 +109,15 @@ def turn(x, table):
 # What makes it fast and safe
 
 
-def real_product(z, w):
-    """(a + ib) (cos + i sin), for z (..., 2) and w (..., 2), in real arithmetic, which compilers can fuse."""
+def product(z, w):
+    """(a + ib) (cos + i sin), for z and w (..., 2): as complex numbers, or as real ones, which compilers can fuse."""
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return torch.view_as_real(as_complex(z.to(w.dtype)) * torch.view_as_complex(w))
     (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
     if torch.compiler.is_compiling() and z.device.type == "cpu":
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    turned = torch.stack([-b, a], dim=-1)  # the same as cos * z + sin * iz, with fewer instructions on a GPU
-    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * turned
+    iz = torch.stack([-b, a], dim=-1)  # cos z + sin iz takes fewer instructions on a GPU
+    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * iz
 
 
 def as_complex(z):

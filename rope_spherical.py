@@ -1,10 +1,11 @@
 """Spherical RoPE: each triplet of channels turns on a sphere (van de Geijn et al. 2025, section 4 and appendix F).
 
     rope = SphericalRoPE(head_dim=63, num_heads=6)  # one for each attention layer
-    q, k = rope(q, k, pos)                          # q, k (B, H, T, D); pos (T, 2): x, y of each token, in [-pi, pi]
+    q, k = rope(q, k, pos)                          # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
-A token at position p = (x, y) turns each triplet (a, b, c) of its query and key as a vector in space, first by a roll
-proportional to y, then by a yaw proportional to x:
+Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
+each triplet (a, b, c) of its query and key as a vector in space, first by a roll proportional to y, then by a yaw
+proportional to x:
 
     R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
@@ -14,7 +15,7 @@ proportional to y, then by a yaw proportional to x:
 
 Roll and yaw share the coordinate b, so their order matters. This gives up equivariance on purpose.
 
-    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and a class token at 0 is not rotated
+    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
     not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) depends on more of y than y_q - y_p:
                        scores survive a shift of all positions along x, but not along y (unless w = 0 or v = 0)
     oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
@@ -28,7 +29,7 @@ What turns which channels (head_dim = 7; leftover channels come last, unrotated)
 Frequencies w, v are in radians per unit of position:
 
     fixed      w_d = v_d = theta^(-2d / D), D = head_dim, the same for all heads
-    learned    one for each head, axis and triplet, initialized from U[0, 1)
+    learned    one for each head, axis and triplet, initialized from U[0, 1); exempt freqs from weight decay
 
 Source: arXiv 2511.08368. (The caption of its figure 2 has the other order; its equations have this one.)
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
@@ -57,14 +58,14 @@ class SphericalRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads; q may have more heads than k. H / num_heads heads in a row share a rotation.
+        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
         """
         check(self, k, pos)
         table = self.table(q, pos)
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
-        """Rotate queries or keys alone: for cross-attention, a cache, other tokens."""
+        """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
         return turn(x, self.table(x, pos))
 
     def table(self, x, pos):
@@ -91,7 +92,7 @@ class SphericalRoPE(nn.Module):
         return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, learned={self.learned}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, theta={self.theta:g}, learned={self.learned}"
 
 
 def turn(x, table):

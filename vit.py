@@ -5,9 +5,9 @@ stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state
 outputs. (timm's global_pool="avg" with class_token=False is pool="mean".)
 
 A rotary encoding rotates q and k in each attention layer, given the positions of the tokens. The patch grid of a
-training image spans [-pi, pi] on each axis, end points included. The class token sits at 0, where every rotation is the
-identity. Other image sizes keep the patch size: P patches per side, P0 in training, span [-(P / P0) pi, (P / P0) pi].
-(So neighbours are slightly closer together in larger images.)
+training image spans [-pi, pi] on each axis, end points included. The class token sits at (0, 0), the centre, where
+every rotation is the identity. Other image sizes keep the patch size: P patches per side, P0 in training, span
+[-(P / P0) pi, (P / P0) pi]. (So neighbours are slightly closer together in larger images.)
 """
 
 import math
@@ -48,7 +48,8 @@ class ViT(nn.Module):
     """A Vision Transformer of width num_heads * head_dim. The defaults are the paper's ViT-S for CIFAR-100, 360 wide.
 
     pe            a name in ENCODINGS; pe_options go to that encoding's constructor
-    img_size      side of the training images in pixels; forward takes any sides that are multiples of patch_size
+    img_size      side of the training images in pixels, the unit of position: keep it when loading weights for other
+                  sizes; forward takes any sides that are multiples of patch_size
     pool          "cls": the head reads the class token; "mean": the mean of all patches, without a class token
     dropout       rate, after the position embedding, the attention projection and both MLP layers
     drop_path     stochastic depth: rate of dropping a residual branch, the same in all blocks, as in DeiT III
@@ -110,8 +111,9 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(dim, num_classes)
         self.apply(init_weights)
-        for p in filter(lambda p: p is not None, (self.cls_token, self.pos_embed)):
-            nn.init.trunc_normal_(p, std=0.02)
+        for p in self.cls_token, self.pos_embed:
+            if p is not None:
+                nn.init.trunc_normal_(p, std=0.02)
 
     @property
     def num_prefix_tokens(self):
@@ -132,7 +134,8 @@ class ViT(nn.Module):
 
     def compile(self, **options):
         """torch.compile the blocks one by one: they share a graph, so it is compiled only once."""
-        # otherwise gradients of matrix exponentials would be bfloat16, although loss.backward() is outside autocast
+        # For the whole process: otherwise gradients of matrix exponentials would be computed in the forward pass's
+        # bfloat16, although loss.backward() is called outside autocast.
         torch._functorch.config.backward_pass_autocast = "off"
         for block in self.blocks:
             block.compile(**options)
