@@ -30,7 +30,7 @@ from lab import cli, runs
 from lab.augment import jitter_positions
 from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, parse_options, usable_device
 from lab.data import AUGMENT
-from lab.distributed import RANK, WORLD_SIZE, Stop, Stopped, cleanup, init, rank_0_first, total, union
+from lab.distributed import RANK, WORLD_SIZE, Stop, Stopped, cleanup, init, on_signals, rank_0_first, total, union
 from lab.environment import command, device_name, environment
 from lab.files import locked, write_csv
 from lab.lamb import LAMB
@@ -173,9 +173,9 @@ def main(argv=None):
 
     # The loop. The random draws of a step depend only on the seed and the step number.
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
-    saved = time.perf_counter()
+    stop, saved = Stop(), time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
-    with locked(args.out), tqdm(**progress) as bar, Stop.on_signals() as stop:
+    with locked(args.out), tqdm(**progress) as bar, on_signals(stop.interrupt):
         if RANK == 0 and not args.resume:
             runs.write_config(args.out, vars(args) | environment(device))
         batches = stop.watch(train_batches(args, data, state["step"]))

@@ -25,11 +25,6 @@ Memory is the peak, beyond what was allocated before: in a training step, activa
 alone, forward and backward, it is the excess over a stand-in that copies q and k, in units of q and k together.
 """
 
-import sys
-
-if not __package__:  # started as python lab/benchmark.py
-    sys.path[0] += "/.."
-
 import argparse
 import gc
 import importlib
@@ -37,6 +32,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial

@@ -57,11 +57,11 @@ def wait():
 
 @contextmanager
 def rank_0_first():
-    """Rank 0 runs the block before the others, which then find what it downloaded and wrote."""
-    if RANK:
+    """Rank 0 of each machine runs the block before the others, which then find what it downloaded and wrote."""
+    if LOCAL_RANK:
         wait()
     yield
-    if not RANK:
+    if not LOCAL_RANK:
         wait()
 
 
@@ -74,7 +74,7 @@ def total(x):
 
 def any_rank(condition):
     """Whether the condition holds on any rank. Ranks communicate on the CPU, without waiting for a GPU."""
-    return bool(condition) if WORLD_SIZE == 1 else total(torch.tensor(int(bool(condition)))).item() > 0
+    return total(torch.tensor(int(bool(condition)))).item() > 0
 
 
 def union(items):
@@ -107,7 +107,8 @@ class Stopped(Exception):
 class Stop:
     """Stops all ranks at the same step, after a signal or if one of them cannot read its data.
 
-    with Stop.on_signals() as stop:
+    stop = Stop()
+    with on_signals(stop.interrupt):
         for batch in stop.watch(batches):   # ends early if there is a reason to stop
             ...
         stop.raise_if_stopped()
@@ -115,16 +116,6 @@ class Stop:
 
     def __init__(self):
         self.signal, self.error = 0, None
-
-    @classmethod
-    @contextmanager
-    def on_signals(cls):
-        stop = cls()
-        try:
-            with on_signals(stop.interrupt):
-                yield stop
-        finally:
-            stop.error = None  # its traceback keeps the run's objects alive, worker processes included
 
     def interrupt(self, number, frame):
         if number == self.signal == signal.SIGINT and WORLD_SIZE == 1:  # a second Ctrl-C stops at once
@@ -142,4 +133,5 @@ class Stop:
         """If any rank has a reason to stop, raise Stopped on all: with all ranks' errors, its own one as the cause."""
         if any_rank(self.signal or self.error):
             error = None if self.signal else self.error
+            self.error = None  # its traceback keeps the run's objects alive, worker processes included
             raise Stopped(*sorted(union({str(error)} if error else set()))) from error

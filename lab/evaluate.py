@@ -14,12 +14,8 @@ of all positions (Yu et al. 2025, figure 5), but not if the class token, the poi
 accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al. 2024, table 5).
 """
 
-import sys
-
-if not __package__:  # started as python lab/evaluate.py
-    sys.path[0] += "/.."
-
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -43,7 +39,7 @@ def main(argv=None):
     usable_device(args.device)
     for run in args.runs:
         checkpoint(run)  # raises if there is none
-        with locked(run, "RUN"):  # a run still in training would replace the weights meanwhile
+        with locked(run):  # a run still in training would replace the weights meanwhile
             evaluate(run, args)
 
 

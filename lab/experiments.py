@@ -9,15 +9,11 @@ A set is a list of runs, most important first. Each calls `python train.py` and,
 Run folders stay in runs/, so that an interrupted run continues where it stopped. lab.report makes tables of the rows.
 """
 
-import sys
-
-if not __package__:  # started as python lab/experiments.py
-    sys.path[0] += "/.."
-
 import csv
 import math
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,32 +27,28 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lab" / "results"
 
 
-def cifar(epochs, encodings=ENCODINGS, seeds=range(3), **flags):
-    return [{"pe": pe, "seed": seed, "epochs": epochs, **flags} for seed in seeds for pe in encodings]
-
-
-def bearing(dataset, seeds, encodings=ENCODINGS, **flags):
-    return [{"pe": pe, "seed": seed, "dataset": dataset, **flags} for seed in seeds for pe in encodings]
+def each(encodings=ENCODINGS, seeds=range(3), **flags):
+    return [{"pe": pe, "seed": seed, **flags} for seed in seeds for pe in encodings]
 
 
 # The short schedule first, then the paper's: first for the three encodings that it compares most closely, then for all.
-TABLE2 = cifar(50) + cifar(400, ["mixed", "spherical-learned", "axial"]) + cifar(400)
-TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in cifar(50, seeds=[0], fraction=fraction)]
+TABLE2 = each(epochs=50) + each(["mixed", "spherical-learned", "axial"], epochs=400) + each(epochs=400)
+TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in each(seeds=[0], epochs=50, fraction=fraction)]
 # Feasible without a GPU: the ViT of bearing.
 PLAIN_VIT = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
-SMALL = cifar(4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
+SMALL = each(epochs=4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
 # One frequency or a range of them, for one equivariant encoding and one that is not.
 RANGES = [(1, 0.5), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
 FREQUENCIES = [
     {**run, "pos-scale": scale, "pe-options": f"theta={theta}"}
     for seed in range(6)
     for theta, scale in RANGES
-    for run in bearing("bearing-corner", [seed], ["axial", "spherical"], pool="mean")
+    for run in each(["axial", "spherical"], [seed], dataset="bearing-corner", pool="mean")
 ]
 SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate.py's flags, if it is run
-    "bearing": (bearing("bearing", range(6)), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
+    "bearing": (each(seeds=range(6), dataset="bearing"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (
-        [run for pool in ("mean", "cls") for run in bearing("bearing-corner", range(12), pool=pool)],
+        [run for pool in ("mean", "cls") for run in each(seeds=range(12), dataset="bearing-corner", pool=pool)],
         "--regions",
     ),
     "bearing-frequencies": (FREQUENCIES, "--regions"),
@@ -102,18 +94,17 @@ def run_set(name, deadline):
         if start + rate * epochs > deadline:
             raise Stopped("There is no time for another run. Repeat the command to continue.")
         out = Path("runs", ",".join(f"{flag}={value}" for flag, value in flags.items()))
-        train = ["train.py", *as_flags(flags)]
         resume = ["--resume"] if (out / "last.pt").exists() else []
-        call([*train, f"--out={out}", *resume], deadline)
+        call([ROOT / "train.py", *as_flags(flags), f"--out={out}", *resume], deadline)
         result = read_result(out)
         row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
         if evaluation:
-            call(["lab/evaluate.py", str(out), *evaluation.split()], deadline)
+            call(["-m", "lab.evaluate", str(out), *evaluation.split()], deadline)
             found = read_evaluation(out)
             row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
         row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
         row |= {key: result[key] for key in ("device", "torch", "commit")}
-        append(name, row | {"command": shlex.join(["python", *train])})
+        append(name, row | {"command": shlex.join(["python", "train.py", *as_flags(flags)])})
         rate = max(rate, (time.monotonic() - start) / epochs)
 
 
@@ -127,9 +118,7 @@ def interrupt(number, frame):
 
 def call(script, deadline):
     """Run one of our scripts; at the deadline or after a signal, ask it to save and stop."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / script[0], *script[1:]], process_group=0
-    )  # gets signals only from us
+    process = subprocess.Popen([sys.executable, *script], process_group=0)  # gets signals only from us
     try:
         process.wait(None if deadline == math.inf else max(0, deadline - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
@@ -139,7 +128,7 @@ def call(script, deadline):
             raise Stopped("Stopped. Repeat the command to continue.", 128 + e.args[0]) from None
         raise Stopped("Time is up. Repeat the command to continue.") from None
     if process.returncode:
-        raise Stopped(f"error: {shlex.join(script)} failed", process.returncode)
+        raise Stopped(f"error: {shlex.join(map(str, script))} failed", process.returncode)
 
 
 def read(name):

@@ -10,14 +10,10 @@ picture is a function that returns a Figure, or None if there is nothing to show
 (van de Geijn et al. 2025, arXiv 2511.08368).
 """
 
-import sys
-
-if not __package__:  # started as python lab/figures.py
-    sys.path[0] += "/.."
-
 import io
 import math
 import shlex
+import sys
 from collections import defaultdict
 from inspect import isgenerator
 from itertools import cycle
@@ -126,8 +122,7 @@ def channel_groups(rope):
     """
     R = rope.rotation(torch.randn(16, 2, dtype=torch.float64))  # (H or 1, T, D, D)
     linked = R.abs().amax(dim=(0, 1)) > 1e-9
-    for _ in range(len(linked).bit_length()):  # paths of twice the length
-        linked = (linked.double() @ linked.double()) > 0
+    linked = torch.linalg.matrix_power(linked.double(), len(linked)) > 0  # by paths of any length
     groups = {tuple(row.nonzero().flatten().tolist()) for row in linked}
     return [list(group) for group in sorted(groups) if len(group) > 1]
 
@@ -391,22 +386,20 @@ def bearing_corner():
 
 def bearing_frequencies():
     """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
-    rows = experiments.read("bearing-frequencies")
-    if not rows:
+    if not experiments.read("bearing-frequencies"):
         return None
-    ranges = [(f"theta={theta}", str(scale)) for theta, scale in experiments.RANGES]
     figure = titled("How well axial transfers depends on its frequencies; spherical never transfers well", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
-        for place, (theta, scale) in enumerate(ranges):
-            of_range = [row for row in rows if (row["pe"], row["pe-options"], row["pos-scale"]) == (pe, theta, scale)]
-            numbers = [float(row["region lower right"]) for row in of_range]
+        for place, (theta, scale) in enumerate(experiments.RANGES):
+            flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
+            numbers = report.values("bearing-frequencies", "region lower right", **flags)
             axes.plot([place] * len(numbers), numbers, "o", color=colour, alpha=0.5, clip_on=False)
             if numbers:
                 axes.plot(place, mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
         axes.axhline(12.5, color=GREY, linewidth=1, zorder=0)
         names = (report.frequency_range(pe, *option) for option in experiments.RANGES)
-        axes.set_xticks(range(len(ranges)), labels=[name.replace(" to ", "\nto ") for name in names])
+        axes.set_xticks(range(len(experiments.RANGES)), labels=[name.replace(" to ", "\nto ") for name in names])
         axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position")
     panels[0].set_ylabel("accuracy in the opposite corner (%)")
     return figure

@@ -1,4 +1,4 @@
-"""Atomic files: each is written under a temporary name, then renamed."""
+"""Atomic files, which are written under a temporary name and then renamed, and locks of folders."""
 
 import csv
 import json
@@ -37,11 +37,11 @@ def make_folder(path, flag="--out"):
 
 @contextmanager
 def locked(folder, flag="--out", wait=False):
-    """Create the folder and lock it in this block: others wait, or get a UserError. Rank 0 locks it for all ranks.
+    """Create the folder and lock it in this block: others get a UserError, as rank 0 locks it for all, or they wait.
 
     The lock ends with its process, even if that is killed. Windows and some file systems have no locks.
     """
-    if RANK:
+    if RANK and not wait:
         yield
         return
     make_folder(folder, flag)
@@ -51,16 +51,16 @@ def locked(folder, flag="--out", wait=False):
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as e:  # the latter on some systems
-            raise UserError(f"another process is writing to {folder}: wait for it, or change {flag}") from e
+            raise UserError(f"another process is writing to {folder}: wait for it, or choose another folder") from e
         except OSError:
             pass
         try:
             yield
         finally:
-            if not wait:  # else those who wait would lock a file that is no longer there
-                path.unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()  # if it is still empty
+            with suppress(OSError):  # Windows cannot delete an open file; the folder may not be empty
+                if not wait:  # else those who wait would lock a file that is no longer there
+                    path.unlink()
+                folder.rmdir()
 
 
 def write_json(path, content):

@@ -2,18 +2,14 @@
 
     python -m lab.report
 
-A table stands between two marks, <!-- NAME --> and <!-- /NAME -->, with a row per encoding.
+A table stands between two marks, <!-- NAME --> and <!-- /NAME -->. Most have a row per encoding.
 """
-
-import sys
-
-if not __package__:  # started as python lab/report.py
-    sys.path[0] += "/.."
 
 import itertools
 import math
 import re
 import statistics
+import sys
 
 import numpy as np
 
@@ -194,7 +190,7 @@ def peers():
         found.setdefault((row["pe"], row["base"]), {})[row["what"]] = f"{row['ratio']:.2f}"
     titles = list(dict.fromkeys(row["what"] for row in rows))
     lines = [[f"`{pe}`", base, *map(times.get, titles)] for (pe, base), times in found.items()]
-    return [["`--pe`", "beside", *titles], *lines] if lines else []
+    return [["`--pe`", "beside", *titles], *lines]
 
 
 def frequencies():
@@ -207,7 +203,7 @@ def frequencies():
             lines.append(
                 [f"`{pe}`", frequency_range(pe, theta, scale), *map(mean_and_interval, found), str(len(found[0]))]
             )
-    return [["`--pe`", "frequencies", "where it learned", "opposite corner", "seeds"], *lines] if lines else []
+    return [["`--pe`", "frequencies", "where it learned", "opposite corner", "seeds"], *lines]
 
 
 def frequency_range(pe, theta, scale):
@@ -234,14 +230,13 @@ def corner_test():
                     f"{permutation_test(*runs):.5f} ({sum(map(len, runs))} runs)",
                 ]
             )
-    title = ["`--pool`", "equivariant", "not equivariant", "p, over encodings", "p, over runs"]
-    return [title, *lines] if lines else []
+    return [["`--pool`", "equivariant", "not equivariant", "p, over encodings", "p, over runs"], *lines]
 
 
 def is_equivariant(pe):
     """Whether the encoding's docstring says so; tests/test_equivariance.py verifies it."""
     make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
-    return "not equivariant" not in sys.modules[make.__module__].__doc__
+    return "not equivariant" not in " ".join(sys.modules[make.__module__].__doc__.split())
 
 
 def differences():
@@ -276,7 +271,7 @@ OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corne
 def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
     """Write the tables into the pages, each between its marks."""
     for path in paths:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
             start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
             before, _, rest = text.partition(start)
@@ -286,23 +281,22 @@ def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
                 raise UserError(f"{path} has {start.strip()} without {end} after it, or its name is not in {names}")
             text = before + start + table(name) + end + after
         with replacing(path) as tmp:
-            tmp.write_text(text)
+            tmp.write_text(text, encoding="utf-8")
 
 
 def table(name):
     """The table in Markdown; empty if nothing was measured."""
     lines = OTHER_TABLES[name]() if name in OTHER_TABLES else of_encodings(name)
-    return "".join(
-        f"| {' | '.join(line)} |\n" for line in [*lines[:1], *[["---"] * len(line) for line in lines[:1]], *lines[1:]]
-    )
+    if len(lines) < 2:
+        return ""
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def of_encodings(name):
     """A row per encoding and a column per title, where anything was measured."""
     found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
     found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
-    if not found:
-        return []
     kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
     title, theirs = PUBLISHED.get(name, (None, {}))
     lines = [["`--pe`", *[title] * bool(title), *(TABLES[name][i][0] for i in kept)]]

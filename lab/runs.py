@@ -176,7 +176,7 @@ def read_evaluation(folder):
     with reading(path):
         found = read_json(path)
         if found:
-            require(found, {"test": {"test": NUMBER}} | {kind: dict.fromkeys(found[kind], NUMBER) for kind in found})
+            require(found, {kind: dict.fromkeys(found[kind], NUMBER) for kind in found} | {"test": {"test": NUMBER}})
             for kind, name in (int, "size"), (float, "shift"), (float, "patch shift"):
                 list(map(kind, found.get(name, {})))
         return found

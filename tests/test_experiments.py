@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, as_flags, complaint
+from conftest import ROOT, SMALL, as_flags, complaint
 
 import train
 from lab import distributed, evaluate, experiments, report
@@ -34,13 +34,13 @@ def tiny_set(monkeypatch, tiny_bearing, tmp_path):
 
 def pretend(script, deadline):
     """Write the files of train.py or lab.evaluate without training, with the given numbers as accuracies."""
-    if script[0] == "train.py":
+    if script[0] != "-m":
         args = train.parse_args(script[1:])
         args.out.mkdir(parents=True)
         result = {"train_seconds": 1, "images_per_second": 1, "device": "cpu", "torch": "2.13", "commit": None}
         result |= {"epochs": args.epochs, "test_accuracy": 100 * args.fraction if args.fraction < 1 else args.epochs}
         return write_json(args.out / "result.json", result)
-    args = evaluate.parse_args(script[1:])
+    args = evaluate.parse_args(script[2:])
     sizes = [4 * round(8 * times) for times in evaluate.SIZES] if args.sizes == [] else args.sizes
     asked = {"size": sizes}
     if ENCODINGS[re.search("pe=([a-z-]+)", args.runs[0].name)[1]]:
@@ -55,12 +55,12 @@ def pretend(script, deadline):
 def test_a_run_is_trained_and_evaluated_once_and_becomes_a_row(monkeypatch):
     def call(script, deadline):
         calls.append(script[0])
-        main = {"train.py": train, "lab/evaluate.py": evaluate}[script[0]].main
-        assert main([*script[1:], "--device=cpu"]) == 0
+        main, *flags = [evaluate.main, *script[2:]] if script[0] == "-m" else [train.main, *script[1:]]
+        assert main([*flags, "--device=cpu"]) == 0
 
     calls = []
     monkeypatch.setattr(experiments, "call", call)
-    assert experiments.main(["tiny"]) == 0 and calls == ["train.py", "lab/evaluate.py"] * 3
+    assert experiments.main(["tiny"]) == 0 and calls == [ROOT / "train.py", "-m"] * 3
     _, ape, axial = rows = read("tiny")
     assert {"pe": "axial", "seed": "1", "epochs": "1", "dataset": "bearing"}.items() <= axial.items()
     assert axial["accuracy"] and axial["shift 4"] and ape["shift 4"] == "" and ape["patches shuffled"]
@@ -76,7 +76,7 @@ def test_a_run_is_trained_and_evaluated_once_and_becomes_a_row(monkeypatch):
 
 def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
     def slow(script, deadline):
-        now[0] += 10 * (script[0] == "train.py")
+        now[0] += 10 * (script[0] != "-m")
         pretend(script, deadline)
 
     now = [7.0]
@@ -100,14 +100,14 @@ def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
     monkeypatch.setattr(subprocess, "Popen", Process)
     flags = as_flags(SMALL | {"epochs": 10**6, "batch-size": 512, "patch-size": 16, "out": "run"})
     with distributed.on_signals(experiments.interrupt), pytest.raises(experiments.Stopped, match=why) as stopped:
-        experiments.call(["train.py", *flags], time.monotonic() + 60)
+        experiments.call([ROOT / "train.py", *flags], time.monotonic() + 60)
     assert stopped.value.code == code and Path("run/last.pt").exists() and not Path("run/result.json").exists()
 
 
 def test_a_failed_run_stops_the_set(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)  # where there is no train.py
     assert experiments.main(["tiny"]) == 2 and not read("tiny")
-    assert "error: train.py --pe=none" in capsys.readouterr().err
+    assert f"error: {tmp_path}/train.py --pe=none" in capsys.readouterr().err
 
 
 def test_impossible_flags_get_one_line(capsys):
