@@ -53,6 +53,7 @@ def parse_args(argv):
     add("--shuffle", action="store_true", help="the patches of each image in random order")
     add("--regions", action="store_true", help="bearing: both squares in one quarter of the image")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
+    add("--workers", type=number(int, least=0), help="imagenet: image-decoding processes (as in training)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.amp is None:
@@ -67,6 +68,8 @@ def evaluate(run, args):
     """Evaluate one run, print the results and add them to its evaluation.json."""
     saved, model = read_run(run, args.device)
     config, path = saved["config"], run / "evaluation.json"
+    if args.workers is not None and "workers" in saved["data"]:
+        saved["data"]["workers"] = args.workers
     data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
     if data.contents != config["data_set"]:
         raise UserError(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import EQUIVARIANT, NOT_EQUIVARIANT, ROOT, SMALL, Call, as_flags, complaint, make_imagenet, weights
 
 import train
-from lab import benchmark, evaluate, experiments, figures, report
+from lab import benchmark, evaluate, experiments, figures, imagenet, report
 from lab.data import REGIONS, Bearing
 from lab.evaluate import shuffled
 from lab.files import read_json
@@ -196,3 +197,11 @@ def test_a_run_is_tested_and_evaluated_at_its_eval_size(given):
     found = evaluated("--data-dir=in", "--shuffle")
     assert {(training, images.shape[-1]) for training, images, _ in given} == {(True, 32), (False, 64)}
     assert found["test"]["test"] == weights("run")["log"][-1]["test_accuracy"]
+
+
+def test_an_evaluation_may_use_fewer_workers_than_the_run(capsys, monkeypatch):
+    make_imagenet("in")
+    trained("none", "--dataset=imagenet", "--data-dir=in", "--workers=1", "--img-size=32", "--patch-size=16")
+    monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: Mock(free=0))
+    assert "use fewer --workers" in complaint(capsys, evaluate.main, "run", "--data-dir=in")
+    assert evaluated("--data-dir=in", "--shuffle", "--workers=0")
