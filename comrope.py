@@ -4,7 +4,7 @@
     q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y of each token
 
 Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
-each block of b channels of its query and key by the exponential of its own skew-symmetric matrix, times a number c:
+each block of b = block_size channels of its query and key by exp(c B), B a skew-symmetric matrix and c a number:
 
     R(p) = diag(exp(c_0 B_0), exp(c_1 B_1), ...)      B_j = P_j - P_j^T, P_j learned for each head
 
@@ -15,17 +15,17 @@ torch.matrix_exp(c * B) computes the same, slowly. There are two kinds:
 
     orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
     equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: multiples of one matrix commute
-    oblique        with ld, as Mixed RoPE; with ap a block knows one axis only
+    oblique        ld: a block can respond to a direction that is not along an axis; ap: a block knows one axis only
 
 What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
 
     channel   0   1   2   3   4   5   6   7   8
              | exp(c_0 B_0)  | exp(c_1 B_1)  |free
 
-P is initialized from N(0, 1 / (2 pi)^2), theta from N(0, 1); exempt blocks and theta from weight decay. To fine-tune a
-model that was trained without ComRoPE, start with R = I: nn.init.zeros_(rope.blocks). The exponentials, one for each
-distinct coordinate (compiled: each token), are kept for the backward pass; torch.utils.checkpoint saves that memory.
-All of this holds for M axes. Source: arXiv 2506.03737.
+P is initialised from N(0, 1 / (2 pi)^2), theta from N(0, 1); exempt blocks and theta from weight decay. To fine-tune a
+model that was trained without ComRoPE, start with R = I: nn.init.zeros_(rope.blocks). For the backward pass, all steps
+of the exponentials, one for each distinct coordinate (compiled: each token), are kept; torch.utils.checkpoint saves
+that memory. All of this holds for M = pos_dim axes. Source: arXiv 2506.03737.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -56,7 +56,7 @@ class ComRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
+        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
@@ -78,7 +78,7 @@ class ComRoPE(nn.Module):
             return shared_exponentials(pos, theta, B)  # the same, but only once for each distinct coordinate
 
     def rotation(self, pos):
-        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
         if pos.dim() == 3:
             return torch.stack([self.rotation(p) for p in pos])
         basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
@@ -111,15 +111,12 @@ def turn(x, R):
 
 
 def is_differentiated(pos):
-    """Whether gradients or tangents flow through pos: they would not flow through the choice of distinct ones."""
+    """Whether gradients or tangents flow through pos: then equal coordinates must not share an exponential."""
     return pos.requires_grad or unpack_dual(pos).tangent is not None
 
 
 def shared_exponentials(pos, theta, B):
-    """exp(theta_x x B) exp(theta_y y B), with one exponential for each distinct coordinate, and for x and -x together.
-
-    A grid has far fewer coordinates than points.
-    """
+    """exp(theta_x x B) exp(theta_y y B), once for each distinct coordinate, x and -x together: a grid has few."""
     c, index = pos.abs().unique(return_inverse=True)
     index = index + len(c) * (pos < 0)
     E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", c.to(B.dtype), theta, B))
@@ -133,10 +130,10 @@ def shared_exponentials(pos, theta, B):
 def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
-    X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most sqrt(|A^2|_F /
-    sqrt(2)), as eigenvalues come in pairs. Where that is NaN or above 3200, too much for float32, the result is NaN;
-    other matrices are not affected.
+    X = exp(A / 2^s) - I comes from its Taylor polynomial of degree 6. Squaring turns X into (I + X)^2 - I = X (X + 2I),
+    which keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most
+    sqrt(|A^2|_F / sqrt(2)), as eigenvalues come in pairs. Where this bound is NaN or above 3200, too much for float32,
+    the result is NaN; other matrices are not affected.
     """
     A2 = A @ A
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
@@ -155,7 +152,7 @@ def skew_exp(A):
 
 
 def is_tracing(*tensors):
-    """Whether code must not branch on values: compiled, traced, or where they cannot be read (vmap, meta device)."""
+    """Whether code cannot branch on the tensors' values: compiled or traced, in vmap, or on the meta device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     try:
@@ -166,10 +163,7 @@ def is_tracing(*tensors):
 
 
 def no_autocast(x):
-    """A context without autocast: rotations need float32 or better.
-
-    It does not reach the gradients of compiled code: set torch._functorch.config.backward_pass_autocast = "off".
-    """
+    """A context without autocast. Compiled gradients also need torch._functorch.config.backward_pass_autocast="off"."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 

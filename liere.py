@@ -12,7 +12,7 @@ torch.matrix_exp(x * A_x + y * A_y) computes the same, slowly. A_m consists of b
 
     orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
     not equivariant    R(p)^T R(q) = R(q - p) for all p, q only if A_x and A_y commute: blocks of 2 do, others rarely
-    oblique            a block mixes x and y freely
+    oblique            a block mixes x and y, and can respond to a direction that is not along an axis
 
 What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
 
@@ -21,9 +21,9 @@ What turns which channels (head_dim = 9, block_size = 4; leftover channels come 
 
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
 RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). The entries of U, in radians per unit of position, are initialized uniformly in [0, 1); exempt generators
-from weight decay. The exponentials, one for each distinct position (compiled: each token), are kept for the backward
-pass; torch.utils.checkpoint saves that memory. Source: arXiv 2406.10322.
+2511.08368). The entries of U, in radians per unit of position, are initialised uniformly in [0, 1); exempt generators
+from weight decay. For the backward pass, all steps of the exponentials, one for each distinct position (compiled: each
+token), are kept; torch.utils.checkpoint saves that memory. M = pos_dim may be any number. Source: arXiv 2406.10322.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -48,7 +48,7 @@ class LieRE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
+        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
         check(self, k, pos)
         R = self.block_rotations(q, pos)
@@ -76,7 +76,7 @@ class LieRE(nn.Module):
         return U - U.mT
 
     def rotation(self, pos):
-        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
         if pos.dim() == 3:
             return torch.stack([self.rotation(p) for p in pos])
         basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
@@ -101,7 +101,7 @@ def turn(x, R):
 
 
 def is_differentiated(pos):
-    """Whether gradients or tangents flow through pos: they would not flow through the choice of distinct ones."""
+    """Whether gradients or tangents flow through pos: then equal positions must not share an exponential."""
     return pos.requires_grad or unpack_dual(pos).tangent is not None
 
 
@@ -130,10 +130,10 @@ def distinct(pos):
 def skew_exp(A):
     """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
 
-    X = exp(A / 2^s) - I is Taylor's polynomial of degree 6. Squaring goes from X to (I + X)^2 - I = X (X + 2I), which
-    keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most sqrt(|A^2|_F /
-    sqrt(2)), as eigenvalues come in pairs. Where that is NaN or above 3200, too much for float32, the result is NaN;
-    other matrices are not affected.
+    X = exp(A / 2^s) - I comes from its Taylor polynomial of degree 6. Squaring turns X into (I + X)^2 - I = X (X + 2I),
+    which keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most
+    sqrt(|A^2|_F / sqrt(2)), as eigenvalues come in pairs. Where this bound is NaN or above 3200, too much for float32,
+    the result is NaN; other matrices are not affected.
     """
     A2 = A @ A
     norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
@@ -152,7 +152,7 @@ def skew_exp(A):
 
 
 def is_tracing(*tensors):
-    """Whether code must not branch on values: compiled, traced, or where they cannot be read (vmap, meta device)."""
+    """Whether code cannot branch on the tensors' values: compiled or traced, in vmap, or on the meta device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     try:
@@ -163,10 +163,7 @@ def is_tracing(*tensors):
 
 
 def no_autocast(x):
-    """A context without autocast: rotations need float32 or better.
-
-    It does not reach the gradients of compiled code: set torch._functorch.config.backward_pass_autocast = "off".
-    """
+    """A context without autocast. Compiled gradients also need torch._functorch.config.backward_pass_autocast="off"."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 

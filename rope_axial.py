@@ -8,7 +8,7 @@ the pairs of channels of its query and key, half of them with x, half with y:
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-In a score q_i^T R(p_i)^T R(p_j) k_j the key turns by p_j, and back by p_i: what is left is p_j - p_i. R is
+In a score q_i^T R(p_i)^T R(p_j) k_j the key turns by p_j and back by p_i, so that only p_j - p_i matters. R is
 
     orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
     equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: scores ignore a shift of all positions
@@ -23,9 +23,9 @@ Frequencies w are in radians per unit of position:
 
     fixed      w_d = theta^(-2d / D), D = head_dim, the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
-    learned    one for each head, axis and pair, initialized from U[0, 1); exempt freqs from weight decay
+    learned    one for each head, axis and pair, initialised from U[0, 1); exempt freqs from weight decay
 
-All of this holds for M axes. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
+All of this holds for M = pos_dim axes. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -53,7 +53,7 @@ class AxialRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
+        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -79,7 +79,7 @@ class AxialRoPE(nn.Module):
         return (self.theta ** (-2 * d / self.head_dim)).expand(1, self.pos_dim, -1)
 
     def rotation(self, pos):
-        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
         if pos.dim() == 3:
             return torch.stack([self.rotation(p) for p in pos])
         basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
@@ -95,7 +95,7 @@ def turn(x, table):
     if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
     n = 2 * table.shape[-2]
-    pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
+    pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, M * pairs, 2)
     with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
         pairs = product(pairs, table)  # a cos - b sin, a sin + b cos
         pairs = pairs.flatten(-2).type_as(x)
@@ -117,7 +117,7 @@ def product(z, w):
 
 
 def as_complex(z):
-    """View z (..., 2) as complex numbers (...), without a copy unless strides or offset are odd."""
+    """View z (..., 2) as complex numbers (...); copy it only if torch.view_as_complex refuses its strides or offset."""
     odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 

@@ -21,11 +21,11 @@ No equivariant R(p) = exp(x A_x + y A_y) is more general: each is Mixed RoPE in 
 proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies, in radians per unit of
 position, are learned for each head, axis and pair; exempt freqs from weight decay. They start as
 
-    heo        two orthogonal directions for each head, turned at random; w_d, the d-th frequency along each of them, is
-               theta^(-4d / D) radians per patch, and there are grid patches in 2 pi, end points included
+    heo        for each head two orthogonal directions, turned at random; the d-th pair along either direction has the
+               frequency theta^(-4d / D) radians per patch, times (grid - 1) / (2 pi) patches per unit of position
     uniform    U[0, 1), as in van de Geijn et al.
 
-With M axes, there are M directions, and w_d is theta^(-2Md / D). Source: arXiv 2403.13298.
+With M = pos_dim axes there are M directions, and theta^(-2Md / D) radians per patch. Source: arXiv 2403.13298.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """
 
@@ -64,7 +64,7 @@ class MixedRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
+        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -82,7 +82,7 @@ class MixedRoPE(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def rotation(self, pos):
-        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (H, T, D, D) or (B, H, T, D, D)."""
+        """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
         if pos.dim() == 3:
             return torch.stack([self.rotation(p) for p in pos])
         basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
@@ -121,7 +121,7 @@ def product(z, w):
 
 
 def as_complex(z):
-    """View z (..., 2) as complex numbers (...), without a copy unless strides or offset are odd."""
+    """View z (..., 2) as complex numbers (...); copy it only if torch.view_as_complex refuses its strides or offset."""
     odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 

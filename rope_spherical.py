@@ -16,8 +16,8 @@ proportional to x:
 Roll and yaw share the coordinate b, so their order matters. This gives up equivariance on purpose.
 
     orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
-    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) depends on more of y than y_q - y_p:
-                       scores survive a shift of all positions along x, but not along y (unless w = 0 or v = 0)
+    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) does not depend on q - p alone:
+                       scores ignore a shift of all positions along x, but not along y (unless w = 0 or v = 0)
     oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
 
 What turns which channels (head_dim = 7; leftover channels come last, unrotated):
@@ -29,7 +29,7 @@ What turns which channels (head_dim = 7; leftover channels come last, unrotated)
 Frequencies w, v are in radians per unit of position:
 
     fixed      w_d = v_d = theta^(-2d / D), D = head_dim, the same for all heads
-    learned    one for each head, axis and triplet, initialized from U[0, 1); exempt freqs from weight decay
+    learned    one for each head, axis and triplet, initialised from U[0, 1); exempt freqs from weight decay
 
 Source: arXiv 2511.08368. (The caption of its figure 2 has the other order; its equations have this one.)
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
@@ -58,7 +58,7 @@ class SphericalRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (key heads, in grouped-query attention): H / num_heads heads in a row share R(p).
+        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
         check(self, k, pos)
         table = self.table(q, pos)
@@ -84,7 +84,7 @@ class SphericalRoPE(nn.Module):
         return (self.theta ** (-2 * d / self.head_dim)).expand(1, 2, -1)
 
     def rotation(self, pos):
-        """R(p) itself, float64 if pos is: pos (T, 2) or (B, T, 2) -> (H, T, D, D) or (B, H, T, D, D)."""
+        """R(p) itself, float64 if pos is: pos (T, 2) or (B, T, 2) -> (num_heads, T, D, D), or (B, ...)."""
         if pos.dim() == 3:
             return torch.stack([self.rotation(p) for p in pos])
         basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
@@ -127,7 +127,7 @@ def turn_plane(a, b, table):
 
 
 def turn_at_once(z, yaw, roll):
-    """M z, M = yaw(u) roll(t), by the diagonals R_k[i] = M[i, (i + k) % 3]: compiled, fewer instructions on a GPU."""
+    """R z for R = yaw(u) roll(t), by its diagonals R_k[i] = R[i, (i + k) % 3]: fewer instructions on a GPU."""
     (cu, su), (ct, st) = yaw.unbind(-1), roll.unbind(-1)
     R = cu, cu * ct, ct, -su * ct, -cu * st, torch.zeros_like(cu), su * st, su, st
     R0, R1, R2 = torch.stack(R, dim=-1).unflatten(-1, (3, 3)).unbind(-2)

@@ -1,7 +1,7 @@
-"""Evaluate trained models beyond their test set.
+"""Evaluate trained models under other conditions than those of training.
 
     python -m lab.evaluate runs/*                  # all of the following
-    python -m lab.evaluate runs/* --sizes          # test images of other sizes, same patches; or --sizes 24 64 (pixels)
+    python -m lab.evaluate runs/* --sizes          # images of other sizes, same patch size; or --sizes 24 64 (pixels)
     python -m lab.evaluate runs/* --shift          # all positions shifted by a random offset; or --shift 1 4 (patches)
     python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
     python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
@@ -87,7 +87,7 @@ def evaluate(run, args):
 
 
 def evaluations(model, data, size, args):
-    """Yield the name and the accuracies (%), a dict, of each kind of evaluation. size: of the run's test, in pixels."""
+    """Yield each kind of evaluation: its name and a dict of accuracies (%). size: side of the test images in pixels."""
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
     def test(pos=lambda: None, change=lambda images: images, **which):

@@ -4,8 +4,8 @@
     python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
 
-A set is a list of runs, most important first. Each calls `python train.py` and, in some sets,
-`python -m lab.evaluate`. It then has a row in lab/results/<set>.csv, which includes the command, and is not run again.
+A set is a list of runs, most important first. `python train.py` trains each run and, in some sets, `python -m
+lab.evaluate` evaluates it. Its row in lab/results/<set>.csv includes the command; a run with a row is not repeated.
 Run folders stay in runs/, so that an interrupted run continues where it stopped. lab.report makes tables of the rows.
 """
 
@@ -31,13 +31,13 @@ def each(encodings=ENCODINGS, seeds=range(3), **flags):
     return [{"pe": pe, "seed": seed, **flags} for seed in seeds for pe in encodings]
 
 
-# The short schedule first, then the paper's: first for the three encodings that it compares most closely, then for all.
+# 50 epochs for all, then the 400 of van de Geijn et al. 2025: first the three encodings that they compare most closely.
 TABLE2 = each(epochs=50) + each(["mixed", "spherical-learned", "axial"], epochs=400) + each(epochs=400)
 TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in each(seeds=[0], epochs=50, fraction=fraction)]
 # Feasible without a GPU: the ViT of bearing.
 PLAIN_VIT = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
 SMALL = each(epochs=4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
-# One frequency or a range of them, for one equivariant encoding and one that is not.
+# (theta, pos-scale): one frequency (theta = 1) or a range, for one equivariant encoding and one that is not.
 RANGES = [(1, 0.5), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
 FREQUENCIES = [
     {**run, "pos-scale": scale, "pe-options": f"theta={theta}"}
@@ -84,7 +84,7 @@ class Stopped(Exception):
 
 
 def run_set(name, deadline):
-    """Train and evaluate each run that has no row in results/<name>.csv; raises Stopped at the deadline."""
+    """Train and evaluate each run that has no row in lab/results/<name>.csv; raises Stopped at the deadline."""
     runs, evaluation = SETS[name]
     rate = 0  # seconds per epoch, the slowest so far
     for flags in runs:
@@ -132,7 +132,7 @@ def call(script, deadline):
 
 
 def read(name):
-    """The rows of results/<name>.csv, dicts of strings."""
+    """The rows of lab/results/<name>.csv, dicts of strings."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
@@ -149,7 +149,7 @@ def read(name):
 def append(name, row):
     with locked(RESULTS, wait=True):  # several sets may run at once
         rows = [*read(name), row]
-        longest = sorted(rows, key=len, reverse=True)  # an encoding without positions lacks some columns
+        longest = sorted(rows, key=len, reverse=True)  # none and ape have no accuracies with shifted positions
         columns = list(dict.fromkeys(column for row in longest for column in row))
         write_csv(RESULTS / f"{name}.csv", rows, columns)
 

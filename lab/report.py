@@ -69,7 +69,7 @@ def mean_and_interval(numbers):
 
 
 def interval(numbers):
-    """The 95 % bootstrap interval of the mean: the 2.5 % and 97.5 % percentiles of resampled means."""
+    """The 95 % bootstrap interval of the mean: the 2.5th and 97.5th percentiles of resampled means."""
     draws = np.random.default_rng(0).choice(numbers, size=(10_000, len(numbers)))
     return np.percentile(draws.mean(axis=1), [2.5, 97.5])
 
@@ -91,12 +91,12 @@ def permutation_test(a, b):
 
 
 def measured(name, column="accuracy", **flags):
-    """-> cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
+    """A function cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
     return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
 
 
 def cost(file, what, **sizes):
-    """-> cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
+    """A function cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
 
     def cell(pe):
         path = RESULTS / f"{file}.json"
@@ -112,7 +112,7 @@ def cost(file, what, **sizes):
 
 
 def seeds(name, **flags):
-    """-> cell(pe): the number of runs."""
+    """A function cell(pe): the number of runs."""
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
@@ -194,7 +194,7 @@ def peers():
 
 
 def frequencies():
-    """Rows of encodings with one frequency or a range of them: accuracy in the opposite corner."""
+    """Accuracies where it learned and in the opposite corner, for encodings with one frequency or a range of them."""
     lines = []
     for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
         flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
@@ -207,7 +207,7 @@ def frequencies():
 
 
 def frequency_range(pe, theta, scale):
-    """The lowest and the highest frequency of an encoding on bearing, in words."""
+    """An encoding's lowest and highest frequency in the ViT of bearing, as text; one number if they are equal."""
     w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
     return f"{w[0]:g}" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"
 
@@ -234,7 +234,7 @@ def corner_test():
 
 
 def is_equivariant(pe):
-    """Whether the encoding's docstring says so; tests/test_equivariance.py verifies it."""
+    """False if the docstring of the encoding's file says "not equivariant"; tests/test_equivariance.py verifies it."""
     make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
     return "not equivariant" not in " ".join(sys.modules[make.__module__].__doc__.split())
 
@@ -258,7 +258,7 @@ def standard_error(numbers):
     """The standard error of the difference of any two rows' means, for numbers (encodings, seeds).
 
     Differences are taken seed by seed, because runs with the same seed see the same batches. All rows are assumed to
-    vary alike, which makes the best of few seeds: this is the two-way analysis of variance.
+    have the same variance, which makes the most of few seeds: this is the two-way analysis of variance.
     """
     k, n = numbers.shape
     rest = numbers - numbers.mean(axis=1, keepdims=True) - numbers.mean(axis=0) + numbers.mean()
