@@ -5,7 +5,8 @@
     python -m lab.evaluate runs/* --shift          # all positions shifted by a random offset; or --shift 1 4 (patches)
     python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
     python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
-    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image
+    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image; and with the
+                                                   # class token moved from the upper left one to the lower right one
 
 Prints accuracies (%) and saves them in each run's evaluation.json.
 
@@ -115,6 +116,10 @@ def evaluations(model, data, size, args):
         yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
     if args.regions and isinstance(data, Bearing):
         yield "region", {region: test(region=region) for region in REGIONS}
+        if rotary and model.num_prefix_tokens:  # with the class token moved as far as the squares, 4 cells each way
+            moved = model.positions(size // patch, size // patch)
+            moved[: model.num_prefix_tokens] += data.img_size / 2 / patch * model.spacing
+            yield "token moved", {"lower right": test(lambda: moved, region="lower right")}
 
 
 def shuffled(images, patch):

@@ -37,8 +37,9 @@ TABLE7 = [run for fraction in (0.2, 0.4, 0.6, 0.8) for run in each(seeds=[0], ep
 # Feasible without a GPU: the ViT of bearing.
 PLAIN_VIT = {"depth": 2, "heads": 4, "head-dim": 24, "dropout": 0, "drop-path": 0, "layer-scale": 0}
 SMALL = each(epochs=4, **PLAIN_VIT, **{"batch-size": 64, "opt": "adamw", "augment": "none", "compile": True})
-# (theta, pos-scale): one frequency (theta = 1) or a range, for one equivariant encoding and one that is not.
-RANGES = [(1, 0.5), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
+# (theta, pos-scale): one frequency (theta = 1) or a range, for one equivariant encoding and one that is not. The period
+# of 0.875 is 8 patches, as many as a side has, so that the image has no border.
+RANGES = [(1, 0.5), (1, 0.75), (1, 0.875), (1, 1), (1, 2), (10, 1), (100, 1), (1000, 1)]
 FREQUENCIES = [
     {**run, "pos-scale": scale, "pe-options": f"theta={theta}"}
     for seed in range(6)

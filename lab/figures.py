@@ -361,16 +361,21 @@ def bearing_corner():
     for pe in dict.fromkeys(row["pe"] for row in rows):
         kind = "no rotation" if pe not in ropes else "equivariant" if equivariant(ropes[pe]) else "not equivariant"
         kinds.setdefault(kind, []).append(pe)
-    pools = ("cls", "a class token", RED, -0.14), ("mean", "the mean of all patches", BLUE, 0.14)
-    figure = titled("Equivariance carries over to a new place, unless a class token marks the old one", 5)
+    series = [
+        ("a class token", "cls", "region lower right", RED, -0.24),
+        ("a class token, moved along", "cls", "token moved lower right", GREEN, 0),
+        ("the mean of all patches", "mean", "region lower right", BLUE, 0.24),
+    ]
+    figure = titled("Equivariance carries over to a new place, unless a class token stays at the old one", 6)
     heights = list(map(len, kinds.values()))
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (kind, pes) in zip(panels, kinds.items(), strict=True):
-        for pool, label, colour, offset in pools:
-            runs = [row for row in rows if row["pe"] in pes and row["pool"] == pool]
+        for label, pool, column, colour, offset in series:
+            runs = [row for row in rows if row["pe"] in pes and row["pool"] == pool and row.get(column)]
             place = [pes.index(row["pe"]) + offset for row in runs]
-            accuracy = [float(row["region lower right"]) for row in runs]
-            axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
+            accuracy = [float(row[column]) for row in runs]
+            if runs:  # else the layout would make room for points at the origin of the page
+                axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
             for y in set(place):
                 numbers = [x for x, at in zip(accuracy, place, strict=True) if at == y]
                 axes.plot(report.interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
@@ -379,7 +384,8 @@ def bearing_corner():
         axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
         axes.tick_params(length=0)
     figure.align_ylabels(panels)
-    panels[0].legend(title="the classifier reads", loc="upper right")
+    names = panels[-1].get_legend_handles_labels()
+    figure.legend(*names, title="the classifier reads", loc="outside lower center", ncols=3)
     panels[-1].set_xlabel("accuracy in the opposite corner (%); line: chance")
     return figure
 
@@ -388,19 +394,19 @@ def bearing_frequencies():
     """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
     if not experiments.read("bearing-frequencies"):
         return None
-    figure = titled("How well axial transfers depends on its frequencies; spherical never transfers well", 3.6)
+    figure = titled("Axial transfers best with a period as long as the image; spherical never transfers well", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
-        for place, (theta, scale) in enumerate(experiments.RANGES):
+        names = []
+        for theta, scale in experiments.RANGES:
             flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
-            numbers = report.values("bearing-frequencies", "region lower right", **flags)
-            axes.plot([place] * len(numbers), numbers, "o", color=colour, alpha=0.5, clip_on=False)
-            if numbers:
-                axes.plot(place, mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
+            if numbers := report.values("bearing-frequencies", "region lower right", **flags):
+                axes.plot([len(names)] * len(numbers), numbers, "o", color=colour, alpha=0.5, clip_on=False)
+                axes.plot(len(names), mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
+                names.append(report.frequency_range(pe, theta, scale).replace(" ", "\n", 1))
         axes.axhline(12.5, color=GREY, linewidth=1, zorder=0)
-        names = (report.frequency_range(pe, *option) for option in experiments.RANGES)
-        axes.set_xticks(range(len(experiments.RANGES)), labels=[name.replace(" to ", "\nto ") for name in names])
-        axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position")
+        axes.set_xticks(range(len(names)), labels=names)
+        axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position (period in patches)")
     panels[0].set_ylabel("accuracy in the opposite corner (%)")
     return figure
 

@@ -130,11 +130,14 @@ def shifts(name):
     return [(title, measured(name, column)) for title, column in found.items()]
 
 
+PLACES = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
+
+
 def corner(pool):
     """The columns of bearing-corner, for one way to pool."""
-    found = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
-    columns = [(title, measured("bearing-corner", f"region {place}", pool=pool)) for title, place in found.items()]
-    return [*columns, ("seeds", seeds("bearing-corner", pool=pool))]
+    columns = [(title, measured("bearing-corner", f"region {place}", pool=pool)) for title, place in PLACES.items()]
+    moved = ("opposite corner, token moved", measured("bearing-corner", "token moved lower right", pool=pool))
+    return [*columns, *[moved] * (pool == "cls"), ("seeds", seeds("bearing-corner", pool=pool))]
 
 
 TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
@@ -174,7 +177,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
     "summary": [
         ("`bearing`", measured("bearing")),
         ("all positions shifted, s.d. 16 patches", measured("bearing", "shift 16")),
-        ("in the opposite corner", measured("bearing-corner", "region lower right", pool="mean")),
+        ("opposite corner, no class token", measured("bearing-corner", "region lower right", pool="mean")),
         ("cost of a training step", cost("benchmark-cpu", "training step")),
     ],
 }
@@ -194,49 +197,72 @@ def peers():
 
 
 def frequencies():
-    """Accuracies where it learned and in the opposite corner, for encodings with one frequency or a range of them."""
+    """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them."""
     lines = []
     for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
         flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
-        found = [values("bearing-frequencies", f"region {place}", **flags) for place in ("upper left", "lower right")]
+        found = [values("bearing-frequencies", f"region {place}", **flags) for place in PLACES.values()]
         if found[0]:
-            lines.append(
-                [f"`{pe}`", frequency_range(pe, theta, scale), *map(mean_and_interval, found), str(len(found[0]))]
-            )
-    return [["`--pe`", "frequencies", "where it learned", "opposite corner", "seeds"], *lines]
+            cells = map(mean_and_interval, found)
+            lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells, str(len(found[0]))])
+    return [["`--pe`", "frequencies (period in patches)", *PLACES, "seeds"], *lines]
 
 
 def frequency_range(pe, theta, scale):
-    """An encoding's lowest and highest frequency in the ViT of bearing, as text; one number if they are equal."""
+    """An encoding's lowest and highest frequency in the ViT of bearing, as text; or its only one, and the period."""
     w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
-    return f"{w[0]:g}" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"
+    return f"{w[0]:g} ({7 / w[0]:.3g})" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"  # 7 patches span 2 pi
 
 
 def corner_test():
     """Rows that test whether equivariant encodings do better in the opposite corner."""
     lines = []
-    for pool in "mean", "cls":
-        found = {pe: values("bearing-corner", "region lower right", pe=pe, pool=pool) for pe in ENCODINGS}
+    columns = ("mean", "region"), ("cls", "region"), ("cls", "token moved")
+    for pool, kind in columns:
+        found = {pe: values("bearing-corner", f"{kind} lower right", pe=pe, pool=pool) for pe in ENCODINGS}
         found = {pe: numbers for pe, numbers in found.items() if numbers and ENCODINGS[pe]}
-        kinds = [[numbers for pe, numbers in found.items() if is_equivariant(pe) == kind] for kind in (True, False)]
-        if all(kinds):
-            means = [[statistics.mean(numbers) for numbers in kind] for kind in kinds]
-            runs = [list(itertools.chain(*kind)) for kind in kinds]
+        runs = [(file_of(pe), number) for pe, numbers in found.items() for number in numbers]
+        encodings = [(file_of(pe), statistics.mean(numbers)) for pe, numbers in found.items()]
+        files = [
+            (file, statistics.mean(mean for _, mean in group))
+            for file, group in itertools.groupby(encodings, lambda pair: pair[0])
+        ]
+        a, b = by_kind(encodings)
+        if a and b:
+            squares = sum(statistics.pvariance(means) * len(means) for means in (a, b))
+            error = math.sqrt(squares / max(1, len(a) + len(b) - 2) * (1 / len(a) + 1 / len(b)))
+            tests = {"encodings": encodings, "files": files, "runs": runs}
             lines.append(
                 [
-                    pool,
-                    *(f"{statistics.mean(kind):.1f} ({min(kind):.1f} to {max(kind):.1f})" for kind in means),
-                    f"{permutation_test(*means):.3f} ({len(found)} encodings)",
-                    f"{permutation_test(*runs):.5f} ({sum(map(len, runs))} runs)",
+                    pool if kind == "region" else f"{pool}, {kind}",
+                    *(f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})" for means in (a, b)),
+                    f"{statistics.mean(a) - statistics.mean(b):.1f} ± {error:.1f}",
+                    *(f"{p_value(*by_kind(pairs))} ({len(pairs)} {name})" for name, pairs in tests.items()),
                 ]
             )
-    return [["`--pool`", "equivariant", "not equivariant", "p, over encodings", "p, over runs"], *lines]
+    titles = ["equivariant", "not equivariant", "difference, s.e.", "p over encodings", "p over files", "p over runs"]
+    return [["`--pool`", *titles], *lines]
 
 
-def is_equivariant(pe):
-    """False if the docstring of the encoding's file says "not equivariant"; tests/test_equivariance.py verifies it."""
-    make = getattr(ENCODINGS[pe], "func", ENCODINGS[pe])
-    return "not equivariant" not in " ".join(sys.modules[make.__module__].__doc__.split())
+def by_kind(pairs):
+    """Numbers, given with their encoding's file, in two lists: of equivariant encodings and of the others.
+
+    A file's docstring says which it is; tests/test_equivariance.py verifies it.
+    """
+    kinds = [], []
+    for file, number in pairs:
+        kinds["not equivariant" in " ".join(sys.modules[file].__doc__.split())].append(number)
+    return kinds
+
+
+def file_of(pe):
+    return getattr(ENCODINGS[pe], "func", ENCODINGS[pe]).__module__
+
+
+def p_value(a, b):
+    """permutation_test's p as text, with what its 100,000 draws can resolve."""
+    p = permutation_test(a, b)
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def differences():

@@ -64,6 +64,7 @@ def test_everything_is_evaluated_kept_and_shown(capsys):
         "patch shift": ["1", "2", "4", "8", "16"],
         "patches": ["shuffled"],
         "region": ["everywhere", "upper left", "lower right"],
+        "token moved": ["lower right"],
     }
     result = read_json(Path("run/result.json"))["test_accuracy"]
     assert found["test"]["test"] == found["size"]["32"] == found["region"]["everywhere"] == result
@@ -85,7 +86,7 @@ def test_a_flag_asks_for_one_thing_and_adds_it_to_what_is_known():
 def test_what_does_not_apply_is_left_out(pe, pool):
     trained(pe, f"--pool={pool}")
     found = evaluated()
-    assert "patch shift" not in found and ("shift" in found) == (pe == "spherical")
+    assert found.keys().isdisjoint(["patch shift", "token moved"]) and ("shift" in found) == (pe == "spherical")
     Path("run/evaluation.json").unlink()
     assert evaluated("--patch-shift").keys() == {"test"}
 
@@ -183,11 +184,14 @@ def test_each_evaluation_is_of_the_images_that_it_names(given):
     given.clear()
     evaluated("--sizes", "24", "--shuffle", "--regions")
     data = Bearing(batch_size=1)
-    which = [{}, {"img_size": 24}, {}, *({"region": region} for region in REGIONS)]
+    which = [{}, {"img_size": 24}, {}, *({"region": region} for region in [*REGIONS, "lower right"])]
     want = [data.normalise(data.test_set(**w)[0]) for w in which]
     torch.manual_seed(0)
     want[2] = shuffled(want[2], 4)
     assert all(torch.equal(a, b) for a, b in zip((images for _, images, _ in given), want, strict=True))
+    *others, token_moved = (moves for _, _, moves in given)
+    assert others == [None] * len(others)
+    torch.testing.assert_close(token_moved, torch.tensor([[4.0, 4.0], *[[0.0, 0.0]] * 64]))
 
 
 def test_a_run_is_tested_and_evaluated_at_its_eval_size(given):

@@ -48,7 +48,8 @@ def pretend(script, deadline):
     found = {kind: {f"{x:g}": x for x in numbers or []} for kind, numbers in asked.items()}
     found |= {"test": {"test": 1}}
     found |= {"patches": {"shuffled": 1}} if args.shuffle else {}
-    found |= {"region": {"everywhere": 1, "upper left": 1, "lower right": 1}} if args.regions else {}
+    places = {"everywhere": 1, "upper left": 1, "lower right": 1}
+    found |= {"region": places, "token moved": {"lower right": 1}} if args.regions else {}
     write_json(args.runs[0] / "evaluation.json", found)
 
 
@@ -167,8 +168,8 @@ def test_the_corner_is_tested_over_encodings_and_over_runs():
             row = {"pe": pe, "seed": seed, "pool": "mean", "accuracy": 99, "command": "python"}
             append("bearing-corner", row | {"region lower right": accuracy + seed - 1})
     (line,) = table("corner-test").splitlines()[2:]
-    assert line.startswith("| mean | 85.0 (80.0 to 90.0) | 35.0 (30.0 to 40.0) | 0.333 (4 encodings) | 0.0")
-    assert line.endswith("(12 runs) |")
+    assert line.startswith("| mean | 85.0 (80.0 to 90.0) | 35.0 (30.0 to 40.0) | 50.0 ± 7.1 | 0.333 (4 encodings) |")
+    assert line.endswith(" | 0.333 (4 files) | 0.002 (12 runs) |")  # 2 of 924 ways
 
 
 def test_differences_are_taken_between_runs_with_the_same_seed():
@@ -187,8 +188,13 @@ def test_differences_are_taken_between_runs_with_the_same_seed():
 
 def test_frequencies_and_peers_have_a_row_for_what_was_measured():
     flags = {"pe": "axial", "pe-options": "theta=10", "pos-scale": 1, "accuracy": 99, "command": "python"}
-    append("bearing-frequencies", flags | {"region upper left": 90, "region lower right": 50})
-    assert table("frequencies").splitlines()[2:] == ["| `axial` | 0.38 to 1 | 90.0 | 50.0 | 1 |"]
+    places = {"region upper left": 90, "region lower right": 50, "region everywhere": 60}
+    for options in {}, {"pe-options": "theta=1", "pos-scale": 0.875}:
+        append("bearing-frequencies", flags | options | places)
+    single, several = table("frequencies").splitlines()[2:]
+    assert single == "| `axial` | 0.875 (8) | 90.0 | 50.0 | 60.0 | 1 |" and several.startswith(
+        "| `axial` | 0.38 to 1 |"
+    )
     rows = [{"what": what, "pe": "axial", "base": "timm", "ratio": x} for what, x in (("forward", 0.5), ("both", 2))]
     write_json(Path("peers-cpu.json"), {"rows": rows})
     assert table("peers").splitlines()[0] == "| `--pe` | beside | forward | both |"

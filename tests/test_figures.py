@@ -129,17 +129,20 @@ def test_the_corner_has_a_dot_for_each_result(monkeypatch, tmp_path):
     assert figures.bearing_corner() is None
     kinds = {"ape": "no rotation", "axial": "equivariant", "mixed": "equivariant", "liere": "not equivariant"}
     reads = {"cls": "a class token", "mean": "the mean of all patches"}
-    results = [(pe, pool, 20.0 + 9 * i + len(pool)) for i, pe in enumerate(kinds) for pool in reads]
+    results = [(pe, reads[pool], 20.0 + 9 * i + len(pool)) for i, pe in enumerate(kinds) for pool in reads]
     row, dots = {"accuracy": 1, "command": "python"}, []
-    for pe, pool, x in results:
+    for (pe, _, x), pool in zip(results, list(reads) * len(kinds), strict=True):
         experiments.append("bearing-corner", row | {"pe": pe, "pool": pool, "region lower right": x})
+    moved = {"pool": "cls", "region lower right": 99, "token moved lower right": 98}
+    experiments.append("bearing-corner", row | {"pe": "axial"} | moved)
+    results += [("axial", "a class token", 99), ("axial", "a class token, moved along", 98)]
     for axes in figures.bearing_corner().axes:
         names = [text.get_text() for text in axes.get_yticklabels()]
         for line in axes.lines:
             if line.get_marker() != "o":
                 continue
             dots += [(axes.get_ylabel(), names[round(y)], line.get_label(), x) for x, y in line.get_xydata()]
-    assert sorted(dots) == sorted((kinds[pe], pe, reads[pool], x) for pe, pool, x in results)
+    assert sorted(dots) == sorted((kinds[pe], pe, label, x) for pe, label, x in results)
 
 
 def test_the_film_moves_the_query_and_the_patterns(monkeypatch):
