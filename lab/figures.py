@@ -366,7 +366,7 @@ def bearing_corner():
         ("a class token, moved along", "cls", "token moved lower right", GREEN, 0),
         ("the mean of all patches", "mean", "region lower right", BLUE, 0.24),
     ]
-    figure = titled("Equivariance carries over to a new place, unless a class token stays at the old one", 6)
+    figure = titled("Equivariant models do better in a new place, unless a class token stays at the old one", 6)
     heights = list(map(len, kinds.values()))
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (kind, pes) in zip(panels, kinds.items(), strict=True):
@@ -394,7 +394,7 @@ def bearing_frequencies():
     """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
     if not experiments.read("bearing-frequencies"):
         return None
-    figure = titled("Axial transfers best with a period as long as the image; spherical never transfers well", 3.6)
+    figure = titled("How well axial transfers depends on its period; spherical never transfers well", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
         names = []

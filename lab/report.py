@@ -217,24 +217,22 @@ def frequency_range(pe, theta, scale):
 def corner_test():
     """Rows that test whether equivariant encodings do better in the opposite corner."""
     lines = []
-    columns = ("mean", "region"), ("cls", "region"), ("cls", "token moved")
-    for pool, kind in columns:
-        found = {pe: values("bearing-corner", f"{kind} lower right", pe=pe, pool=pool) for pe in ENCODINGS}
-        found = {pe: numbers for pe, numbers in found.items() if numbers and ENCODINGS[pe]}
+    for title, pool, column in (
+        ("mean", "mean", "region lower right"),
+        ("cls", "cls", "region lower right"),
+        ("cls, token moved", "cls", "token moved lower right"),
+    ):
+        found = {pe: values("bearing-corner", column, pe=pe, pool=pool) for pe, rope in ENCODINGS.items() if rope}
         runs = [(file_of(pe), number) for pe, numbers in found.items() for number in numbers]
-        encodings = [(file_of(pe), statistics.mean(numbers)) for pe, numbers in found.items()]
-        files = [
-            (file, statistics.mean(mean for _, mean in group))
-            for file, group in itertools.groupby(encodings, lambda pair: pair[0])
-        ]
+        encodings = [(file_of(pe), statistics.mean(numbers)) for pe, numbers in found.items() if numbers]
+        files = [(file, statistics.mean(mean for of, mean in encodings if of == file)) for file in dict(encodings)]
         a, b = by_kind(encodings)
         if a and b:
-            squares = sum(statistics.pvariance(means) * len(means) for means in (a, b))
-            error = math.sqrt(squares / max(1, len(a) + len(b) - 2) * (1 / len(a) + 1 / len(b)))
+            error = math.sqrt(sum(statistics.pvariance(means) / max(1, len(means) - 1) for means in (a, b)))  # Welch's
             tests = {"encodings": encodings, "files": files, "runs": runs}
             lines.append(
                 [
-                    pool if kind == "region" else f"{pool}, {kind}",
+                    title,
                     *(f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})" for means in (a, b)),
                     f"{statistics.mean(a) - statistics.mean(b):.1f} ± {error:.1f}",
                     *(f"{p_value(*by_kind(pairs))} ({len(pairs)} {name})" for name, pairs in tests.items()),
@@ -260,7 +258,7 @@ def file_of(pe):
 
 
 def p_value(a, b):
-    """permutation_test's p as text, with what its 100,000 draws can resolve."""
+    """permutation_test's p as text, with three digits."""
     p = permutation_test(a, b)
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 

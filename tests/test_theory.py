@@ -219,7 +219,7 @@ def test_spherical_without_roll_is_a_mixed_pair_and_a_free_channel():
 
 @pytest.mark.parametrize("frequency, same", [(7 / 8, True), (2 * 7 / 8, True), (1, False)])
 def test_with_a_period_of_the_whole_image_an_equivariant_vit_has_no_border(frequency, same):
-    """Positions of 8 patches are 2 pi / 7 apart, so that a frequency of 7 / 8 has a period of 8 patches."""
+    """Neighbours among 8 patches a side are 2 pi / 7 apart: a frequency of 7 / 8 has a period of 8 patches."""
     vit = small_vit("axial", theta=1, pos_scale=frequency, pool="mean")
     images = torch.randn(2, 3, 32, 32)
     difference = (vit(images) - vit(images.roll((4, 12), dims=(2, 3)))).abs().max()  # by 1 and 3 patches
