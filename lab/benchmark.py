@@ -380,7 +380,7 @@ class Layer:
 
 def now():
     """The time in seconds, once the GPU has finished its work."""
-    if torch.cuda.is_initialised():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

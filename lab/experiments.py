@@ -1,7 +1,7 @@
 """Run the experiments behind lab/results/.
 
     python -m lab.experiments bearing bearing-corner        # on a CPU: minutes per run
-    python -m lab.experiments cifar100-small                # on a CPU: a quarter of an hour per run
+    python -m lab.experiments cifar100-small                # on a CPU: ten minutes per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
 
 A set is a list of runs, most important first. `python train.py` trains each run and, in some sets, `python -m

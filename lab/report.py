@@ -264,9 +264,10 @@ def p_value(a, b):
 
 
 def differences():
-    """Rows of the encodings' differences on cifar100-small, from the seeds that all of them have."""
+    """Rows of the rotary encodings' differences on cifar100-small, from the seeds that all of them have."""
     rows = read("cifar100-small")
-    found = {pe: {row["seed"]: float(row["accuracy"]) for row in rows if row["pe"] == pe} for pe in ENCODINGS}
+    rotary = [pe for pe, rope in ENCODINGS.items() if rope]
+    found = {pe: {row["seed"]: float(row["accuracy"]) for row in rows if row["pe"] == pe} for pe in rotary}
     found = {pe: accuracies for pe, accuracies in found.items() if accuracies}
     shared = set.intersection(*map(set, found.values())) if found else ()
     if len(found) < 2 or len(shared) < 2:
