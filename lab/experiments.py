@@ -4,8 +4,8 @@
     python -m lab.experiments cifar100-small                # on a CPU: ten minutes per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
 
-A set is a list of runs, most important first. `python train.py` trains each run and, in some sets, `python -m
-lab.evaluate` evaluates it. Its row in lab/results/<set>.csv includes the command; a run with a row is not repeated.
+A set is a list of runs, most important first. train.py trains each run, and in some sets lab.evaluate evaluates it. Its
+row in lab/results/<set>.csv includes the command; a run with a row is not repeated.
 Run folders stay in runs/, so that an interrupted run continues where it stopped. lab.report makes tables of the rows.
 """
 
