@@ -21,8 +21,8 @@ What turns which channels (head_dim = 9, block_size = 4; leftover channels come 
 
 In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
 RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). Entries of U are drawn uniformly from [0, 1), in radians per unit of position; exempt generators from weight decay. For
-the backward pass, all steps of the exponentials, one for each distinct position (compiled: each token), are kept;
+2511.08368). Entries of U start uniform in [0, 1), in radians per unit of position; exempt generators from weight decay.
+For the backward pass, all steps of the exponentials, one for each distinct position (compiled: each token), are kept;
 torch.utils.checkpoint saves that memory. All of this holds for M = pos_dim axes. Source: arXiv 2406.10322.
 This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
 """

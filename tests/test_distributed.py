@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SMALL, as_flags, complaint, make_imagenet, weights
 
 import train
-from lab import cli, distributed
+from lab import cli, distributed, files
 from lab.data import CIFAR100, Bearing
 from lab.files import read_json
 
@@ -144,6 +144,19 @@ def test_processes_share_what_lies_on_the_device(kind, augment, world_size):
     for rank in range(world_size):
         for own, all_ in zip(tensors(rank=rank, world_size=world_size), tensors(), strict=True):
             assert torch.equal(own, all_[rank::world_size])
+
+
+def test_the_first_process_of_every_machine_downloads_behind_a_lock(monkeypatch, tmp_path):
+    for module in distributed, files:
+        monkeypatch.setattr(module, "RANK", 8)  # on the second machine of eight processes each
+    monkeypatch.setattr(distributed, "wait", lambda: order.append("wait"))
+    order = []
+    for local_rank in 0, 1:
+        monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+        with distributed.rank_0_first(), files.locked(tmp_path, wait=True):
+            assert (tmp_path / ".lock").exists()
+            order.append("download")
+    assert order == ["download", "wait", "wait", "download"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
