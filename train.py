@@ -10,13 +10,13 @@ runs/<dataset>-<pe>-s<seed>/. Ctrl-C or SIGTERM stops it after the current step.
 continues it, also after a crash and with any number of GPUs: on a CPU, to the same result, bit for bit.
 """
 
-import lab  # noqa: F401  # isort: skip  (first: from here on Ctrl-C shows no traceback)
 import argparse
 import math
 import signal
 import sys
 import time
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -26,45 +26,51 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lab import cli, runs
+from lab.accuracy import accuracy
 from lab.augment import jitter_positions
-from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, parse_options, usable_device
-from lab.data import AUGMENT
-from lab.distributed import RANK, WORLD_SIZE, Stop, Stopped, cleanup, init, on_signals, rank_0_first, total, union
-from lab.environment import command, device_name, environment
-from lab.files import locked, write_csv
+from lab.cli import Parser, add_device_flags, folder, number, parse_options
+from lab.datasets import DATASETS
+from lab.distributed import RANK, WORLD_SIZE, all_reduce_sum, cleanup, init, stop_on_signals
+from lab.environment import environment
+from lab.errors import UserError, one_line_errors, user_errors
+from lab.files import locked, write_csv, write_json
 from lab.lamb import LAMB
-from lab.runs import DATASETS, accuracy, make_vit
-from vit import ENCODINGS
+from lab.run import check_folder, load_checkpoint, save_checkpoint
+from vit import ENCODINGS, ViT
 
 COUNT, POSITIVE, NOT_NEGATIVE, RATE = number(int, least=1), number(float), number(float, 0), number(float, 0, 0.9)
 OPTIMIZERS = {"lamb": (LAMB, 4e-3), "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3)}  # with default lr
 
-# van de Geijn et al. 2025, tables 5 and 6, after DeiT III (Touvron et al. 2022). bearing and its recipe are ours.
-RECIPES = {
-    # flag            type          cifar100 imagenet bearing
-    "epochs":        (COUNT,        400,     200,     10,     "passes over the training images"),
-    "batch_size":    (COUNT,        1024,    512,     64,     "images per step"),
-    "augment":       (AUGMENT,      "mix",   "3",     "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
-    "opt":           (OPTIMIZERS,   "lamb",  "lamb",  "adamw", "optimizer"),
-    "lr":            (POSITIVE,     None,    None,    2e-3,   "peak learning rate; None: lamb 0.004, adamw 0.001"),
-    "warmup_epochs": (NOT_NEGATIVE, 5,       5,       1,      "epochs of linear warm-up, at most a fifth of --epochs"),
-    "patch_size":    (COUNT,        4,       16,      4,      "patch size in pixels"),
-    "depth":         (COUNT,        12,      12,      2,      "blocks"),
-    "heads":         (COUNT,        6,       6,       4,      "attention heads"),
-    "head_dim":      (COUNT,        60,      64,      24,     "channels per head"),
-    "dropout":       (RATE,         0.1,     0.0,     0.0,    "dropout rate after embedding, attention and MLP"),
-    "drop_path":     (RATE,         0.1,     0.0,     0.0,    "stochastic depth: rate of dropping a residual branch"),
-    "layer_scale":   (NOT_NEGATIVE, 1e-4,    1e-4,    0.0,    "initial LayerScale value, 0 for none"),
-}  # fmt: skip
-COLUMN = {"cifar100": 0, "imagenet": 1, "bearing": 2, "bearing-corner": 2}
-IMAGENET = {  # flags for --dataset imagenet alone
-    "img_size": (COUNT, 224, "side of the training images in pixels"),
-    "eval_size": (COUNT, None, "side of the test images in pixels, if different"),
+FLAGS = {  # whose defaults depend on the data set: type or choices, default without a recipe, help
+    "epochs": (COUNT, 10, "passes over the training images"),
+    "batch_size": (COUNT, 64, "images per step"),
+    "augment": (("none", "3", "mix"), "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
+    "opt": (OPTIMIZERS, "adamw", "optimizer"),
+    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001"),
+    "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
+    "patch_size": (COUNT, 4, "patch size in pixels"),
+    "depth": (COUNT, 2, "blocks"),
+    "heads": (COUNT, 4, "attention heads"),
+    "head_dim": (COUNT, 24, "channels per head"),
+    "dropout": (RATE, 0.0, "dropout rate after embedding, attention and MLP"),
+    "drop_path": (RATE, 0.0, "stochastic depth: rate of dropping a residual branch"),
+    "layer_scale": (NOT_NEGATIVE, 0.0, "initial LayerScale value, 0 for none"),
+    "img_size": (COUNT, None, "side of the training images in pixels"),
     "limit_classes": (COUNT, None, "use only this many classes, first by name"),
-    "workers": (number(int, 0), 8, "image-decoding processes per GPU"),
-    "skip_corrupt": (bool, False, "skip images that cannot be read"),
+    "workers": (number(int, 0), None, "image-decoding processes per GPU"),
 }
+# van de Geijn et al. 2025, tables 5 and 6, after DeiT III (Touvron et al. 2022). bearing's is ours.
+DEIT_III = {"opt": "lamb", "warmup_epochs": 5, "depth": 12, "heads": 6, "layer_scale": 1e-4}
+CIFAR100 = {"epochs": 400, "batch_size": 1024, "augment": "mix", "head_dim": 60, "dropout": 0.1, "drop_path": 0.1}
+IMAGENET = {"epochs": 200, "batch_size": 512, "augment": "3", "head_dim": 64, "patch_size": 16}
+RECIPES = {
+    "cifar100": DEIT_III | CIFAR100,
+    "imagenet": DEIT_III | IMAGENET | {"img_size": 224, "workers": 8, "skip_corrupt": False},
+    "bearing": {"lr": 2e-3},
+    "bearing-corner": {"lr": 2e-3},
+}
+DATA_FLAGS = "batch_size", "seed", "fraction", "augment"
+FOLDER_FLAGS = "img_size", "limit_classes", "workers", "skip_corrupt"  # for data sets whose class takes them
 VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_scale", "dropout", "drop_path"
 FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_corrupt", "micro_batch"
 CHECKPOINT_SECONDS = 60  # the most work that a killed run loses
@@ -82,28 +88,26 @@ def parse_args(argv=None):
     add("--out", type=folder, help="run folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
+    add("--skip-corrupt", action="store_const", const=True, help="imagenet: skip images that cannot be read")
     add("--fraction", type=number(float, most=1), default=1.0, help="train on part of the images, for as many steps")
+    add("--eval-size", type=COUNT, help="side of the test images in pixels, if different")
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
     add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on training positions, in patches (%(default)s)")
     add("--pos-scale", type=POSITIVE, default=1.0, help="factor on all positions (%(default)s)")
     add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
-    for name, (kind, *defaults, what) in RECIPES.items():
-        options = {"type": kind} if callable(kind) else {"choices": kind}
-        shown = ", ".join(f"{dataset} {value}" for dataset, value in zip(COLUMN, defaults, strict=False))
-        add(f"--{name.replace('_', '-')}", help=f"{what} ({shown})", **options)
-    for name, (kind, default, what) in IMAGENET.items():
-        options = {"action": "store_const", "const": True} if kind is bool else {"type": kind}
-        add(f"--{name.replace('_', '-')}", help=f"imagenet: {what} ({default})", **options)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
+    for name, (kind, default, what) in FLAGS.items():
+        shown = [f"{of} {recipe[name]}" for of, recipe in RECIPES.items() if name in recipe]
+        options = {"type": kind} if callable(kind) else {"choices": kind}
+        add(f"--{name.replace('_', '-')}", help=f"{what} ({', '.join([*shown, f'else {default}'])})", **options)
     add_device_flags(parser)
 
     args = parser.parse_args(argv)
-    for name in IMAGENET if args.dataset != "imagenet" else ():
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is for --dataset imagenet: leave it out")
-    defaults = {name: row[1 + COLUMN[args.dataset]] for name, row in RECIPES.items()}
-    defaults |= {name: row[1] for name, row in IMAGENET.items() if args.dataset == "imagenet"}
+    for name in FOLDER_FLAGS:
+        if getattr(args, name) is not None and name not in signature(DATASETS[args.dataset]).parameters:
+            parser.error(f"--dataset {args.dataset} takes no --{name.replace('_', '-')}: leave it out")
+    defaults = {name: default for name, (_, default, _) in FLAGS.items()} | RECIPES.get(args.dataset, {})
     defaults |= dict.fromkeys(("compile", "amp"), args.device.startswith("cuda"))
     defaults["out"] = Path("runs", f"{args.dataset}-{args.pe}-s{args.seed}")
     for name, value in defaults.items():
@@ -121,22 +125,27 @@ def parse_args(argv=None):
 @one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-    device = usable_device(args.device)
-    init(device)
+    with locked(args.out):  # one run at a time writes there
+        return train(args)
+
+
+def train(args):
+    device = init(args.device)
+    about = environment(device)
+    check_folder(args.out, args.resume)
     if device.type == "cpu" and args.dataset in ("cifar100", "imagenet"):
-        print(f"{args.dataset} is slow without a GPU: --dataset bearing takes a minute or two on a CPU.", flush=True)
+        print(f"{args.dataset} is slow without a GPU: --dataset bearing takes a minute or two on a CPU.")
 
     # The data: held on the device, except ImageNet, which worker processes read
-    data_options = {name: getattr(args, name) for name in ("batch_size", "seed", "fraction", "augment")}
-    if args.dataset == "imagenet":
-        data_options |= {name: getattr(args, name) for name in IMAGENET if name != "eval_size"}
-    data = DATASETS[args.dataset](args.data_dir, device=device, rank=RANK, world_size=WORLD_SIZE, **data_options)
+    data_options = {
+        name: getattr(args, name) for name in (*DATA_FLAGS, *FOLDER_FLAGS) if getattr(args, name) is not None
+    }
+    data = DATASETS[args.dataset](args.data_dir, device=device, rank=RANK, world_size=WORLD_SIZE, **data_options).load()
     steps_per_epoch = max(1, data.train_size // args.batch_size)
     micro_batch = args.micro_batch or data.rank_batch_size
-    parts, rest = divmod(data.rank_batch_size, micro_batch)
+    accumulation_steps, rest = divmod(data.rank_batch_size, micro_batch)
     if rest:
-        fits = max(n for n in range(1, min(micro_batch, data.rank_batch_size + 1)) if data.rank_batch_size % n == 0)
-        raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images per process: try {fits}")
+        raise UserError(f"--micro-batch must divide the {data.rank_batch_size} images per process")
 
     # The model and its optimizer
     reseed(args.seed, 0)
@@ -149,95 +158,93 @@ def main(argv=None):
         **{name: getattr(args, name) for name in VIT_FLAGS},
         **args.pe_options,
     }
-    model = make_vit(**vit_options).to(device)
+    with user_errors(ValueError):
+        model = ViT(**vit_options).to(device)
     optimizer = make_optimizer(args, model)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
 
-    # The rest of the run's state. totals are this epoch's sums of steps, loss, correct and gradient norm.
-    state = {"step": 0, "seconds": 0.0, "log": [], "totals": torch.zeros(4, device=device)}
+    # What a run is: all of this is saved, and given back by --resume
+    state = {"model": model, "optimizer": optimizer, "step": 0, "seconds": 0.0, "log": []}
+    state["totals"] = torch.zeros(4, device=device)  # this epoch's sums of steps, loss, correct and gradient norm
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    config["data_set"] = data.contents
-    with locked(args.out):  # while no other run writes there
-        runs.load_checkpoint(args.out, config, model, optimizer, state) if args.resume else runs.check_folder(args.out)
-    with rank_0_first():  # rank 0 downloads
-        data.load()
-    if args.compile:
-        model.compile()
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
-    parameters, about = sum(p.numel() for p in model.parameters()), f"{args.pe} on {args.dataset}"
-    print(f"{about}: {parameters / 1e6:.2f} M parameters on {device_name(device)}, to {args.out}/", flush=True)
+    config["data_set"] = data.fingerprint
+    if args.resume:
+        load_checkpoint(args.out, state, config)
+    elif RANK == 0:
+        write_json(args.out / "config.json", vars(args) | about)
 
     def save():
-        epoch_means(args, state, model)  # raises UserError if anything is not finite: such weights are not saved
+        epoch_means(state)  # raises UserError if they are not finite
         if RANK == 0:
-            runs.save_checkpoint(args.out, config, model, optimizer, state | {"vit": vit_options, "data": data_options})
+            save_checkpoint(args.out, state, config, vit=vit_options, data=data_options)
 
-    # The loop. The random draws of a step depend only on the seed and the step number.
+    if args.compile:
+        model.compile()
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.pe} on {args.dataset}: {parameters / 1e6:.2f} M parameters on {about['device']}, to {args.out}/")
+
+    # The loop: a training step, or the test at the end of an epoch. What a step draws depends on the seed and the step.
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
-    stop, saved = Stop(), time.perf_counter()
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
-    with locked(args.out), tqdm(**progress) as bar, on_signals(stop.interrupt):
-        if RANK == 0 and not args.resume:
-            runs.write_config(args.out, vars(args) | environment(device))
-        batches = stop.watch(train_batches(args, data, state["step"]))
-        try:
-            for epoch in range(len(state["log"]), args.epochs):
-                shown, waited = time.perf_counter(), 0.0
-                for step in range(state["step"], (epoch + 1) * steps_per_epoch):
-                    start = time.perf_counter()
-                    batch = next(batches, None)  # None only if the next line raises
-                    stop.raise_if_stopped()
-                    images, targets = batch
-                    waited += time.perf_counter() - start
+    saved = shown = time.perf_counter()
+    waited = 0.0
+    with stop_on_signals() as stop, tqdm(**progress) as bar:
+        while (epoch := len(state["log"])) < args.epochs and not stop.asked():
+            step, start = state["step"], time.perf_counter()
+            if step < (epoch + 1) * steps_per_epoch:
+                reseed(args.seed, 1 + step)
+                images, targets = data.train_batch(step)
+                waited += time.perf_counter() - start
 
-                    # Forward and backward, one micro-batch at a time
-                    model.train()
-                    pos = jitter_positions(model, args.jitter) if args.jitter else None
-                    reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
-                    totals = torch.zeros(2, device=device)  # loss, correct
-                    for i, (x, y) in enumerate(
-                        zip(images.split(micro_batch), targets.split(micro_batch), strict=True), 1
-                    ):
-                        net.require_backward_grad_sync = i == parts  # DDP averages gradients once per step
-                        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                            logits = net(x, pos)
-                            loss = F.cross_entropy(logits, y) / parts
-                        loss.backward()
-                        labels = y if y.dim() == 1 else y.argmax(dim=1)
-                        correct = (logits.argmax(dim=1) == labels).float().mean() / parts
-                        totals += torch.stack([loss.detach(), correct])
+                # Forward and backward, one micro-batch at a time
+                model.train()
+                pos = jitter_positions(model, args.jitter) if args.jitter else None
+                reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
+                totals = torch.zeros(2, device=device)  # loss, correct
+                micro_batches = zip(images.split(micro_batch), targets.split(micro_batch), strict=True)
+                for i, (x, y) in enumerate(micro_batches, 1):
+                    ddp_model.require_backward_grad_sync = i == accumulation_steps  # DDP averages gradients once a step
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        logits = ddp_model(x, pos)
+                        loss = F.cross_entropy(logits, y) / accumulation_steps
+                    loss.backward()
+                    labels = y if y.dim() == 1 else y.argmax(dim=1)
+                    correct = (logits.argmax(dim=1) == labels).float().mean() / accumulation_steps
+                    totals += torch.stack([loss.detach(), correct])
 
-                    # The optimizer
-                    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(args, step, steps_per_epoch)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    state["totals"] += torch.stack([torch.ones_like(norm), *total(totals) / WORLD_SIZE, norm])
-                    state["step"] = step + 1
+                # The optimizer
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
+                    group["lr"] = learning_rate(args, peak, step, steps_per_epoch)
+                optimizer.step()
+                optimizer.zero_grad()
+                state["totals"] += torch.stack([torch.ones_like(norm), *all_reduce_sum(totals) / WORLD_SIZE, norm])
+                state["step"] = step + 1
 
-                    # The progress bar and the checkpoint
-                    bar.update(args.batch_size)
-                    if RANK == 0 and (since := time.perf_counter() - shown) > SHOW_SECONDS:
-                        loss, correct = epoch_means(args, state)
-                        waiting = "" if args.workers is None else f", waiting for images {waited / since:.0%}"
-                        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
-                        shown, waited = time.perf_counter(), 0.0
-                    state["seconds"] += time.perf_counter() - start
-                    if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                        save()
-                        saved = time.perf_counter()
-
+                # The progress bar and the checkpoint
+                bar.update(args.batch_size)
+                if RANK == 0 and (since := time.perf_counter() - shown) > SHOW_SECONDS:
+                    loss, correct = epoch_means(state)
+                    waiting = "" if args.workers is None else f", waiting for images {waited / since:.0%}"
+                    bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
+                    shown, waited = time.perf_counter(), 0.0
+                state["seconds"] += time.perf_counter() - start
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    save()
+                    saved = time.perf_counter()
+            else:
                 # The end of the epoch: test, and add a row to the log
-                start = time.perf_counter()
-                loss, correct = epoch_means(args, state)
+                loss, correct = epoch_means(state)
                 state["seconds"] += time.perf_counter() - start  # waiting for the GPU to finish training
-                test_accuracy = accuracy(model, stop.watch(data.test_batches(img_size=args.eval_size)), args.amp)
-                stop.raise_if_stopped()
+                test_accuracy = accuracy(model, stop.until(data.test_batches(img_size=args.eval_size)), args.amp)
+                if stop.asked():
+                    continue
                 if math.isnan(test_accuracy):
-                    raise UserError(f"no test image could be read: check --data-dir{runs.then_resume(args.out)}")
+                    raise UserError("no test image could be read: check --data-dir")
                 row = {
                     "epoch": epoch + 1,
-                    "lr": learning_rate(args, state["step"] - 1, steps_per_epoch),
+                    "lr": learning_rate(args, args.lr, step - 1, steps_per_epoch),
                     "train_loss": round(loss, 4),
                     "train_accuracy": round(100 * correct, 2),
                     "test_accuracy": round(test_accuracy, 2),
@@ -246,41 +253,36 @@ def main(argv=None):
                 state["log"].append(row)
                 state["totals"].zero_()
                 if RANK == 0:
-                    write_csv(args.out / "log.csv", state["log"], row)
-                tqdm.write(
-                    "epoch {epoch:3}   loss {train_loss:.3f}   training {train_accuracy:.2f} %   "
-                    "test {test_accuracy:.2f} %   {seconds:.0f} s".format(**row)
-                )
+                    write_csv(args.out / "log.csv", state["log"])
                 if epoch + 1 in (1, args.epochs):
                     save()
-        except Stopped as e:  # all ranks, between two steps
-            if state["step"] or not cli.is_out_of_memory(e.__cause__):
-                save()
-            cleanup()
-            if e.__cause__ and not isinstance(e.__cause__, UserError | OSError):
-                raise e.__cause__ from None
-            if e.args:  # an image that some rank cannot read
-                raise UserError(f"{e.args[0]}{runs.then_resume(args.out)}") from e
-            if RANK == 0:
-                print(f"Stopped after step {state['step']}. To continue: {command(resume=True)}", file=sys.stderr)
-            return 128 + (stop.signal or signal.SIGINT)
-        except OSError as e:  # a full disk, most likely
-            raise UserError(f"{e}: fix that{runs.then_resume(args.out)}") from e
+                bar.clear()
+                accuracies = f"training {row['train_accuracy']:.2f} %   test {row['test_accuracy']:.2f} %"
+                print(f"epoch {epoch + 1:3}   loss {loss:.3f}   {accuracies}   {row['seconds']:.0f} s")
+                shown, waited = time.perf_counter(), 0.0
+
+    if len(state["log"]) < args.epochs:
+        save()
+        if RANK == 0:
+            again = about["command"] + " --resume" * (not args.resume)
+            print(f"Stopped after step {state['step']}. To continue: {again}", file=sys.stderr)
+        cleanup()
+        return 128 + (stop.signal or signal.SIGINT)
 
     # The result
-    result = {name: getattr(args, name) for name in ("pe", "dataset", "seed", "epochs")} | {
+    result = config | {
         "test_accuracy": state["log"][-1]["test_accuracy"],
         "train_seconds": round(state["seconds"], 2),
         "images_per_second": round(images_in_all / state["seconds"], 1),
         "parameters": parameters,
     }
     if RANK == 0 and not (args.out / "result.json").exists():  # else this resumed a finished run
-        runs.write_result(args.out, result | environment(device), state["log"])
+        write_json(args.out / "result.json", result | about)
     print(
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
         "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
     )
-    if corrupt := len(union(data.corrupt)):
+    if corrupt := all_reduce_sum(torch.tensor(len(data.corrupt))).item():
         print(f"corrupt images skipped: {corrupt}")
     cleanup()
 
@@ -291,38 +293,34 @@ def reseed(*key):
 
 
 def make_optimizer(args, model):
-    """Weight decay applies to weights of linear layers, not to biases, norms, tokens, embeddings and frequencies."""
+    """Weight decay applies to weights of linear layers, not to biases, norms, tokens, embeddings and frequencies.
+
+    A group's lr is its peak learning rate.
+    """
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    others = [p for p in model.parameters() if p not in decayed]
+    decayed = [p for p in model.parameters() if p in decayed]
     groups = [
-        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": args.weight_decay},
-        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": args.weight_decay, "lr": args.lr},
+        {"params": others, "weight_decay": 0.0, "lr": args.lr},
     ]
     return OPTIMIZERS[args.opt][0](groups)
 
 
-def train_batches(args, data, step):
-    """Yield this rank's part of the batch of each step from `step` on. All ranks make the same random draws."""
-    while True:
-        reseed(args.seed, 1 + step)
-        yield data.train_batch(step)
-        step += 1
-
-
-def learning_rate(args, step, steps_per_epoch):
+def learning_rate(args, peak, step, steps_per_epoch):
     """Linear warm-up, then cosine decay to 0."""
     warmup = min(args.warmup_epochs, args.epochs / 5) * steps_per_epoch
     if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
 
 
-def epoch_means(args, state, model=None):
-    """This epoch's mean loss and accuracy so far. Raises UserError if loss, gradient or weights are not finite."""
+def epoch_means(state):
+    """This epoch's mean loss and accuracy so far. Raises UserError if loss or gradient are not finite."""
     steps, loss, correct, norm = state["totals"].tolist()
-    if not math.isfinite(loss + norm) or (model and not runs.finite(model.state_dict())):
-        last = args.out / "last.pt"
-        kept = f"{last} is the last good checkpoint" if last.exists() else "there was no checkpoint yet"
-        raise UserError(f"loss, gradient or weights became NaN or infinite: try a lower --lr ({kept})", code=1)
+    if not math.isfinite(loss + norm):
+        what = "the gradient" if math.isfinite(loss) else "the loss"
+        raise UserError(f"{what} became NaN or infinite: try a lower --lr", code=1)
     return loss / max(steps, 1), correct / max(steps, 1)
 
 

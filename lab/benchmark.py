@@ -48,14 +48,15 @@ import comrope
 import liere
 from comrope import ComRoPE
 from lab.augment import mix, three_augment
-from lab.cli import Parser, UserError, add_device_flags, number, one_line_errors, parse_options, usable_device
+from lab.cli import Parser, add_device_flags, number, parse_options
+from lab.distributed import usable_device
 from lab.environment import environment
+from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import write_json
 from lab.imagenet import SUFFIXES, load
 from lab.lamb import LAMB
-from lab.runs import make_vit
 from liere import LieRE
-from vit import ENCODINGS
+from vit import ENCODINGS, ViT
 
 DEFAULTS = {  # on a CPU, on CUDA
     "img_size": (32, 224),
@@ -286,7 +287,8 @@ def images_below(folder):
 
 def vit_of(pe, args, **shape):
     flags = {name: getattr(args, name) for name in ("img_size", "patch_size", "depth", "head_dim")}
-    return make_vit(pe=pe, num_heads=args.heads, **flags | shape | args.pe_options.get(pe, {})).to(args.device)
+    with user_errors(ValueError):
+        return ViT(pe=pe, num_heads=args.heads, **flags | shape | args.pe_options.get(pe, {})).to(args.device)
 
 
 def autocast(args):

@@ -1,8 +1,15 @@
 """Data sets held entirely on the device, where batches are made and augmented: no loader process is needed.
 
-A data set is a class with the constants num_classes, img_size (pixels per side) and train_size (images per epoch), and
+A data set is a class with the constants num_classes and img_size (pixels per side) and a method read(), and a line in
+the table in datasets.py:
 
-    data = Data(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu").load()
+    class Digits(Dataset):
+        num_classes, img_size = 10, 28
+
+        def read(self):
+            return (images, labels), (test_images, test_labels)
+
+    data = Digits(root, batch_size=128, seed=0, fraction=1.0, augment="none", device="cpu").load()
     images, targets = data.train_batch(step)        # (B, 3, S, S) float, normalised and augmented; (B,) int64
     for images, labels in data.test_batches(): ...  # the test set once, not augmented
     for images, labels in data.test_batches(img_size=48): ...  # and at another size
@@ -11,7 +18,7 @@ Which images a training step sees depends only on the seed and the step. Augment
 generator: if it is seeded before each step, a run can stop and resume at any step with the same batches. augment is
 "3" for DeiT III's random crop, flip, 3-Augment and jitter, or "mix" to add Mixup or CutMix, with soft targets
 (B, num_classes). Each of world_size processes gets every world_size'th image of a batch and of the test set, starting
-at its rank; for this, each makes the whole batch here.
+at its rank: its shard. For this, each makes the whole batch here.
 """
 
 import hashlib
@@ -32,40 +39,67 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lab.augment import mix, three_augment
-from lab.cli import UserError
-from lab.files import locked, replacing
-
-AUGMENT = "none", "3", "mix"
+from lab.distributed import local_rank_0_first
+from lab.errors import UserError
+from lab.files import atomic_write, locked
 
 
 class Dataset:
-    """Base class: a uint8 test set on the device, and normalisation with the mean and s.d. of the training images."""
+    """fraction < 1 trains on a subset of the images, the same for every seed; an epoch then repeats them."""
 
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # of the training images' channels
     corrupt = frozenset()  # files that could not be read
-    contents = ""  # for folders: number of images and classes, and a checksum of their names
+    fingerprint = ""  # of what was found in a folder: number of images and classes, and a checksum of their names
 
-    def __init__(self, batch_size, *, device="cpu", rank=0, world_size=1):
+    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
             raise UserError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
-        self.batch_size, self.device = batch_size, torch.device(device)
-        self.rank, self.world_size = rank, world_size
-        self.shift, self.scale = (255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (self.mean, self.std))
+        self.root, self.batch_size, self.seed, self.fraction = Path(root), batch_size, seed, fraction
+        self.augment, self.device, self.rank, self.world_size = augment, torch.device(device), rank, world_size
+        levels = torch.tensor([self.mean, self.std], device=device).view(2, 3, 1, 1) * 255
+        self.pixel_mean, self.pixel_std = levels
 
     def load(self):
-        """Download (if needed) and read the data. Raises UserError."""
+        """Read the data. Raises UserError."""
+        (images, labels), (test_images, test_labels) = self.read()
+        least, most = torch.cat([labels, test_labels]).aminmax()
+        if least < 0 or most >= self.num_classes:
+            raise UserError(f"labels are {least} to {most}, but num_classes is {self.num_classes}")
+        self.train_size = len(images)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        part = order[: max(1, round(self.fraction * len(images)))]
+        self.images, self.labels = images[part].to(self.device), labels[part].to(self.device)
+        self.test_images, self.test_labels = test_images.to(self.device), test_labels.to(self.device)
         return self
+
+    def read(self):
+        """-> (images, labels), (test_images, test_labels): (N, 3, S, S) uint8 and (N,) int64, on the CPU."""
+        raise NotImplementedError
 
     @property
     def rank_batch_size(self):
         """Number of images per batch on this rank."""
         return self.batch_size // self.world_size
 
-    def own(self, *parts):
+    def shard(self, *tensors):
         """This rank's part of tensors that hold a whole batch or the whole test set."""
-        return tuple(part[self.rank :: self.world_size] for part in parts)
+        return tuple(x[self.rank :: self.world_size] for x in tensors)
 
     def normalise(self, images):
-        return (images - self.shift) / self.scale
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def train_batch(self, step):
+        """This rank's images (B / world_size, 3, S, S) of a step, normalised, and their labels or soft targets."""
+        i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
+        if self.images.is_cuda:  # copies from pinned memory are asynchronous
+            i = i.pin_memory().to(self.device, non_blocking=True)
+        images, targets = self.images[i], self.labels[i]
+        if self.augment != "none":
+            images = 255 * three_augment(images)
+        if self.augment == "mix":
+            images, targets = mix(images, targets, self.num_classes)
+        images, targets = self.shard(images, targets)
+        return self.normalise(images), targets
 
     def test_set(self, img_size=None):
         """Test images (N, 3, S, S) uint8, resized (bicubic) if another size is asked for; labels (N,)."""
@@ -78,10 +112,21 @@ class Dataset:
         return torch.cat([images.round().clamp(0, 255).byte() for images in resized]), self.test_labels
 
     def test_batches(self, batch_size=500, **which):
-        """Yield this rank's part of test_set(**which) in batches."""
-        own = self.own(*self.test_set(**which))
-        for images, labels in zip(*(part.split(batch_size) for part in own), strict=True):
-            yield self.normalise(images), labels
+        """Yield this rank's shard of test_set(**which) in batches."""
+        images, labels = self.shard(*self.test_set(**which))
+        for batch in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield self.normalise(batch[0]), batch[1]
+
+
+def batch_indices(step, batch_size, n, seed):
+    """Indices (batch_size,) of the step'th batch of an endless stream that reshuffles n images in each pass."""
+    t = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.concatenate([shuffled(n, seed, k)[t[t // n == k] % n] for k in range(t[0] // n, t[-1] // n + 1)])
+
+
+@lru_cache(maxsize=2)
+def shuffled(n, seed, k):
+    return np.random.default_rng((seed, k)).permutation(n)
 
 
 # Where bearing's squares may be: first row, first column and side, in cells.
@@ -100,17 +145,18 @@ class Bearing(Dataset):
     cell = 4  # its side in pixels
     region = "everywhere"  # where both squares are
 
-    def __init__(self, root=None, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
-        if fraction != 1:
+    def __init__(self, root=".", **options):
+        super().__init__(root, **options)
+        if self.fraction != 1:
             raise UserError("bearing has no fixed training set to take a fraction of: leave --fraction out")
-        if augment != "none":
-            raise UserError(
-                "bearing needs no augmentation, and a flip would make its labels wrong: leave --augment out"
-            )
-        super().__init__(batch_size, **place)
+        if self.augment != "none":
+            raise UserError("bearing needs no augmentation, and flips would make labels wrong: leave --augment out")
+
+    def load(self):
+        return self
 
     def train_batch(self, step):
-        images, labels = self.own(*self.draw(self.batch_size, self.device))
+        images, labels = self.shard(*self.draw(self.batch_size, self.device))
         return self.normalise(images), labels
 
     def test_set(self, img_size=None, region=None):
@@ -151,47 +197,15 @@ class CIFAR100(Dataset):
     """CIFAR-100 (Krizhevsky 2009): 50,000 training and 10,000 test images of 100 classes, 32 x 32.
 
     Read from root/cifar-100-python, extracted from the official archive, which is downloaded if it is not in root.
-    fraction < 1 trains on a subset of the images, the same for every seed; an epoch then repeats them.
     """
 
-    num_classes, img_size, train_size = 100, 32, 50_000
+    num_classes, img_size = 100, 32
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
-    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", **place):
-        super().__init__(batch_size, **place)
-        self.root, self.seed, self.fraction, self.augment = Path(root), seed, fraction, augment
-
-    def load(self):
-        folder = cifar100_folder(self.root)
-        self.test_images, self.test_labels = (x.to(self.device) for x in read_cifar100(folder / "test"))
-        images, labels = read_cifar100(folder / "train")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        part = order[: max(1, round(self.fraction * len(images)))]
-        self.images, self.labels = images[part].to(self.device), labels[part].to(self.device)
-        return self
-
-    def train_batch(self, step):
-        i = torch.from_numpy(batch_indices(step, self.batch_size, len(self.images), self.seed))
-        if self.images.is_cuda:  # copies from pinned memory are asynchronous
-            i = i.pin_memory().to(self.device, non_blocking=True)
-        images, targets = self.images[i], self.labels[i]
-        if self.augment != "none":
-            images = 255 * three_augment(images)
-        if self.augment == "mix":
-            images, targets = mix(images, targets, self.num_classes)
-        images, targets = self.own(images, targets)
-        return self.normalise(images), targets
-
-
-def batch_indices(step, batch_size, n, seed):
-    """Indices (batch_size,) of the step'th batch of an endless stream that reshuffles n images in each pass."""
-    t = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.concatenate([shuffled(n, seed, k)[t[t // n == k] % n] for k in range(t[0] // n, t[-1] // n + 1)])
-
-
-@lru_cache(maxsize=2)
-def shuffled(n, seed, k):
-    return np.random.default_rng((seed, k)).permutation(n)
+    def read(self):
+        with local_rank_0_first():
+            folder = cifar100_folder(self.root)
+        return read_cifar100(folder / "train"), read_cifar100(folder / "test")
 
 
 # Downloading and reading the official files. The archive is trusted only if its MD5 is right, the pickles never are.
@@ -228,7 +242,7 @@ def download(url, expected_md5, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as reply:
             size = int(reply.headers.get("Content-Length", 0)) or None
-            with replacing(path) as tmp:
+            with atomic_write(path) as tmp:
                 with open(tmp, "wb") as f, tqdm.wrapattr(reply, "read", size, desc=path.name, disable=None) as counted:
                     shutil.copyfileobj(counted, f)
                 if md5(tmp) != expected_md5:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py ...        # sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR
 
-Each process (rank) trains on its part of every batch, and torch's DistributedDataParallel averages the gradients.
+Each process (rank) trains on its shard of every batch, and torch's DistributedDataParallel averages the gradients.
 Everything else that ranks must agree on goes through the functions below, which all ranks call in the same order. In a
 single process they return at once.
 """
@@ -11,11 +11,12 @@ import itertools
 import os
 import signal
 import sys
-import time
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from lab.errors import UserError, first_line
 
 try:
     RANK = int(os.environ.get("RANK", 0))
@@ -29,61 +30,60 @@ except ValueError:
     sys.exit(2)
 
 
-def init(device):
-    """Connect to the other ranks."""
+def usable_device(name):
+    """-> this rank's torch.device: with several ranks, a GPU of its own or the shared CPU."""
+    if WORLD_SIZE > 1 and name.startswith("cuda"):
+        if (gpus := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
+            raise UserError(f"{LOCAL_WORLD_SIZE} processes need a GPU each, found {gpus}: change --nproc_per_node")
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        number = torch.zeros((), device=name)
+        number.item()  # fails on "meta"
+        device = number.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the device to synchronise with and to compile for
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+
+
+def init(name):
+    """Connect to the other ranks. -> this rank's torch.device"""
+    device = usable_device(name)
     if RANK:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def cleanup():
     """Wait for the other ranks, then disconnect: if one exited early with an error, torchrun would kill the rest."""
-    wait()
+    barrier()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
-def defer():
-    """Let rank 0 report an error that all ranks may have: when it exits, torchrun kills the others."""
-    if RANK:
-        time.sleep(5)
-
-
-def wait():
-    """Wait for all ranks to get here."""
-    total(torch.zeros(1))
-
-
-@contextmanager
-def rank_0_first():
-    """Rank 0 of each machine runs the block before the others, which then find what it downloaded and wrote."""
-    if LOCAL_RANK:
-        wait()
-    yield
-    if not LOCAL_RANK:
-        wait()
-
-
-def total(x):
-    """Sum x over the ranks, in place."""
+def all_reduce_sum(x):
+    """The sum of a tensor over the ranks, computed in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x)
     return x
 
 
-def any_rank(condition):
-    """Whether the condition holds on any rank. Ranks communicate on the CPU, without waiting for a GPU."""
-    return total(torch.tensor(int(bool(condition)))).item() > 0
+def barrier():
+    """Wait for all ranks to get here. Ranks communicate on the CPU, without waiting for a GPU."""
+    all_reduce_sum(torch.zeros(1))
 
 
-def union(items):
-    """The union of all ranks' sets of strings."""
-    if WORLD_SIZE == 1:
-        return items
-    sets = [None] * WORLD_SIZE
-    dist.all_gather_object(sets, items)
-    return set().union(*sets)
+@contextmanager
+def local_rank_0_first():
+    """The first rank of each machine runs the block before the others, which then find what it downloaded."""
+    if LOCAL_RANK:
+        barrier()
+    yield
+    if not LOCAL_RANK:
+        barrier()
 
 
 @contextmanager
@@ -100,38 +100,30 @@ def on_signals(handler):
             signal.signal(number, previous)
 
 
-class Stopped(Exception):
-    """A signal came, or some rank cannot continue: all ranks stop between two steps."""
+@contextmanager
+def stop_on_signals():
+    """Yield a Stop, with which signals stop all ranks between the same two steps.
+
+    with stop_on_signals() as stop:
+        while not stop.asked():     # on any rank
+            ...
+    """
+    stop = Stop()
+    with on_signals(stop.interrupt):
+        yield stop
 
 
 class Stop:
-    """Stops all ranks at the same step, after a signal or if one of them cannot read its data.
-
-    stop = Stop()
-    with on_signals(stop.interrupt):
-        for batch in stop.watch(batches):   # ends early if there is a reason to stop
-            ...
-        stop.raise_if_stopped()
-    """
-
-    def __init__(self):
-        self.signal, self.error = 0, None
+    signal = 0  # the last one
 
     def interrupt(self, number, frame):
         if number == self.signal == signal.SIGINT and WORLD_SIZE == 1:  # a second Ctrl-C stops at once
             raise KeyboardInterrupt  # (with several ranks, the terminal and torchrun each send the signal)
         self.signal = number
 
-    def watch(self, batches):
-        """Yield the batches until there is a reason to stop."""
-        try:
-            yield from itertools.takewhile(lambda _: not self.signal, batches)
-        except Exception as e:
-            self.error = e
+    def asked(self):
+        return all_reduce_sum(torch.tensor(self.signal)).item() > 0
 
-    def raise_if_stopped(self):
-        """If any rank has a reason to stop, raise Stopped on all: with all ranks' errors, its own one as the cause."""
-        if any_rank(self.signal or self.error):
-            error = None if self.signal else self.error
-            self.error = None  # its traceback keeps the run's objects alive, worker processes included
-            raise Stopped(*sorted(union({str(error)} if error else set()))) from error
+    def until(self, batches):
+        """The batches until a signal reaches this rank."""
+        return itertools.takewhile(lambda _: not self.signal, batches)

@@ -27,8 +27,7 @@ def device_name(device):
     return name if WORLD_SIZE == 1 else f"{WORLD_SIZE} x {name}"
 
 
-def command(resume=False):
+def command():
     """The command line that started this process, ready to be run again."""
     torchrun = ["torchrun", f"--nproc_per_node={LOCAL_WORLD_SIZE}", *sys.argv]
-    typed = ["python", *sys.orig_argv[1:]] if WORLD_SIZE == 1 else torchrun
-    return shlex.join(typed + ["--resume"] * (resume and "--resume" not in typed))
+    return shlex.join(["python", *sys.orig_argv[1:]] if WORLD_SIZE == 1 else torchrun)

@@ -22,11 +22,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lab.cli import Parser, UserError, add_device_flags, folder, number, one_line_errors, usable_device
+from lab.accuracy import accuracy
+from lab.cli import Parser, add_device_flags, folder, number
 from lab.data import REGIONS, Bearing
-from lab.distributed import WORLD_SIZE
+from lab.datasets import DATASETS
+from lab.distributed import WORLD_SIZE, usable_device
+from lab.errors import UserError, one_line_errors
 from lab.files import locked, write_json
-from lab.runs import DATASETS, accuracy, checkpoint, read_evaluation, read_run
+from lab.run import read_of_run, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
 SHIFTS = 1, 2, 4, 8, 16  # patches
@@ -39,7 +42,8 @@ def main(argv=None):
         raise UserError("lab.evaluate runs in one process: start it with python, not with torchrun")
     usable_device(args.device)
     for run in args.runs:
-        checkpoint(run)  # raises if there is none
+        if not run.is_dir():
+            raise UserError(f"there is no {run}/last.pt: name folders that train.py has written")
         with locked(run):  # a run still in training would replace the weights meanwhile
             evaluate(run, args)
 
@@ -72,19 +76,19 @@ def evaluate(run, args):
     if args.workers is not None and "workers" in saved["data"]:
         saved["data"]["workers"] = args.workers
     data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
-    if data.contents != config["data_set"]:
+    if data.fingerprint != config["data_set"]:
         raise UserError(
-            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.contents}: change --data-dir"
+            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.fingerprint}: change --data-dir"
         )
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
-    results = read_evaluation(run)
+    results = read_of_run(path, config).get("accuracies", {})
     for name, found in evaluations(model, data, config["eval_size"] or data.img_size, args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
         print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
-        write_json(path, results)
+        write_json(path, config | {"accuracies": results})
 
 
 def evaluations(model, data, size, args):

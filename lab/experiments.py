@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from lab.cli import Parser, number, one_line_errors
+from lab.cli import Parser, number
 from lab.distributed import on_signals
-from lab.files import locked, write_csv
-from lab.runs import read_evaluation, read_result, reading, require
+from lab.errors import UserError, one_line_errors
+from lab.files import locked, read_json, write_csv
 from vit import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
@@ -97,11 +97,11 @@ def run_set(name, deadline):
         out = Path("runs", ",".join(f"{flag}={value}" for flag, value in flags.items()))
         resume = ["--resume"] if (out / "last.pt").exists() else []
         call([ROOT / "train.py", *as_flags(flags), f"--out={out}", *resume], deadline)
-        result = read_result(out)
+        result = read_json(out / "result.json")
         row = flags | {"epochs": result["epochs"], "accuracy": result["test_accuracy"]}
         if evaluation:
             call(["-m", "lab.evaluate", str(out), *evaluation.split()], deadline)
-            found = read_evaluation(out)
+            found = read_json(out / "evaluation.json")["accuracies"]
             row |= {f"{kind} {key}": value for kind in found for key, value in found[kind].items() if kind != "test"}
         row |= {"seconds": result["train_seconds"], "images_per_second": result["images_per_second"]}
         row |= {key: result[key] for key in ("device", "torch", "commit")}
@@ -137,22 +137,21 @@ def read(name):
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
-    with reading(path), open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
         for row in rows:
-            require(row, {"pe": str, "accuracy": str, "command": str})
             numbers = [float(cell) for column, cell in row.items() if column not in TEXT and cell]
-            if not row["accuracy"] or not all(map(math.isfinite, numbers)):
+            if not row.get("accuracy") or not all(map(math.isfinite, numbers)):
                 raise ValueError("not a number")
+    except ValueError as e:
+        raise UserError(f"{path} is corrupt ({e}): restore it from a copy") from e
     return rows
 
 
 def append(name, row):
     with locked(RESULTS, wait=True):  # several sets may run at once
-        rows = [*read(name), row]
-        longest = sorted(rows, key=len, reverse=True)  # none and ape have no accuracies with shifted positions
-        columns = list(dict.fromkeys(column for row in longest for column in row))
-        write_csv(RESULTS / f"{name}.csv", rows, columns)
+        write_csv(RESULTS / f"{name}.csv", [*read(name), row])
 
 
 def matches(row, flags):

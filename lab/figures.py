@@ -30,9 +30,10 @@ from PIL import Image
 
 from comrope import ComRoPE
 from lab import experiments, report
-from lab.cli import Parser, UserError, one_line_errors
-from lab.files import make_folder, replacing
-from lab.runs import read_evaluation, read_result, read_run
+from lab.cli import Parser
+from lab.errors import UserError, one_line_errors
+from lab.files import atomic_write, make_folder
+from lab.run import differing, flag, read_of_run, read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
@@ -68,7 +69,7 @@ def main(argv=None):
             figure = draw(runs) if runs else draw()
             path = args.out / f"{name}.{'gif' if isgenerator(figure) else 'png'}"
             if figure:
-                with replacing(path) as tmp:
+                with atomic_write(path) as tmp:
                     write_film(tmp, figure) if isgenerator(figure) else figure.savefig(tmp, format="png")
         print(path if figure else f"{path} is skipped: there is nothing to show", flush=True)
     if lacking := [str(run.folder) for run in runs if not run.evaluation]:
@@ -417,9 +418,9 @@ def bearing_frequencies():
 def read_runs(folders):
     """Read all runs. Raises UserError if a folder has no run, or if the runs cannot be compared."""
     runs = sorted(map(what_is_known, folders), key=lambda run: list(ENCODINGS).index(run.config["pe"]))
-    flags = sorted({flag for run in runs for flag in run.config} - {"pe", "seed", "pe_options"})
-    if differ := [flag for flag in flags if len({run.config.get(flag) for run in runs}) > 1]:
-        what = ", ".join(f"--{flag.replace('_', '-')}" for flag in differ)
+    of_encoding = {"pe", "seed", "pe_options"}
+    if differ := {name for run in runs for name in differing(runs[0].config, run.config)} - of_encoding:
+        what = ", ".join(map(flag, sorted(differ)))
         raise UserError(f"these runs differ in {what}: name runs that differ only in encoding and seed")
     return runs
 
@@ -429,7 +430,8 @@ def what_is_known(folder):
     saved, model = read_run(folder)
     config = saved["config"]
     name = ", ".join([config["pe"], *(f"{option} = {value}" for option, value in config["pe_options"].items())])
-    found = {"result": read_result(folder), "evaluation": read_evaluation(folder)}
+    result, evaluation = (read_of_run(folder / name, config) for name in ("result.json", "evaluation.json"))
+    found = {"result": result, "evaluation": evaluation.get("accuracies", {})}
     return SimpleNamespace(folder=folder, name=name, config=config, log=saved["log"], model=model, **found)
 
 

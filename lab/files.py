@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from contextlib import contextmanager, suppress
 
 try:
@@ -10,12 +11,12 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-from lab.cli import UserError
 from lab.distributed import RANK
+from lab.errors import UserError
 
 
 @contextmanager
-def replacing(path):
+def atomic_write(path):
     """Yield a temporary path, which is renamed to `path` if the block succeeds and deleted if it fails."""
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -63,9 +64,19 @@ def locked(folder, flag="--out", wait=False):
                 folder.rmdir()
 
 
+def plain(x):
+    """What JSON can hold, as it is; of the rest its text, without the address, which differs from start to start."""
+    if isinstance(x, dict):
+        return {name: plain(part) for name, part in x.items()}
+    try:
+        return json.loads(json.dumps(x, default=os.fspath))
+    except TypeError:
+        return re.sub(" at 0x[0-9a-f]+", "", repr(x))
+
+
 def write_json(path, content):
-    with replacing(path) as tmp:
-        tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(plain(content), indent=2) + "\n")
 
 
 def read_json(path):
@@ -76,8 +87,10 @@ def read_json(path):
         raise UserError(f"{path} is corrupt ({e}): move it away, and generate it again") from e
 
 
-def write_csv(path, rows, columns):
-    with replacing(path) as tmp, open(tmp, "w", newline="") as f:
+def write_csv(path, rows):
+    """Rows are dicts. One that lacks a column leaves it empty; the columns are in the order of the longest row's."""
+    columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
+    with atomic_write(path) as tmp, open(tmp, "w", newline="") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)

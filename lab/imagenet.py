@@ -32,9 +32,9 @@ from PIL.Image import Transpose
 from torch.utils.data import DataLoader
 
 from lab.augment import flip_and_color, mix
-from lab.cli import UserError, first_line
 from lab.data import Dataset, batch_indices
 from lab.distributed import LOCAL_WORLD_SIZE
+from lab.errors import UserError, first_line
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no others, whatever the file name: for some, Pillow starts programs
@@ -68,16 +68,14 @@ class ImageNet(Dataset):
         root,
         *,
         batch_size=512,
-        seed=0,
-        fraction=1.0,
         augment="3",
         img_size=224,
         workers=8,
         limit_classes=None,
         skip_corrupt=False,
-        **place,
+        **options,
     ):
-        super().__init__(batch_size, **place)
+        super().__init__(root, batch_size=batch_size, augment=augment, **options)
         train, val = Path(root, "train"), Path(root, "val")
         classes = find_classes(train, val, limit_classes)
         (files, labels, left_out), (tests, test_labels, more) = (
@@ -85,14 +83,17 @@ class ImageNet(Dataset):
         )
         if self.rank == 0 and left_out + more:
             print(f"{left_out + more} files and folders among the images are ignored: not {', '.join(SUFFIXES)} files")
-        part = np.random.default_rng(0).permutation(len(files))[: max(1, round(fraction * len(files)))]
+        part = np.random.default_rng(0).permutation(len(files))[: max(1, round(self.fraction * len(files)))]
         self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
-        self.contents = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
+        self.fingerprint = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
         self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_corrupt)
         self.test = Reader(val, tests, test_labels, img_size, False, skip_corrupt)
-        self.seed, self.augment, self.workers = seed, augment, workers
+        self.workers = workers
         self.batches, self.next_step, self.corrupt = None, None, set()
+
+    def load(self):
+        return self
 
     def train_batch(self, step):
         """-> images (B / world_size, 3, S, S), labels (B / world_size,) or soft targets (B / world_size, num_classes).
@@ -110,14 +111,14 @@ class ImageNet(Dataset):
         return self.normalise(images), targets
 
     def test_batches(self, batch_size=100, img_size=None):
-        """Yield this rank's part of the test images, each once: a centre crop of 7/8 of the shorter side."""
+        """Yield this rank's shard of the test images, each once: a centre crop of 7/8 of the shorter side."""
         reader = replace(self.test, S=img_size or self.img_size)
         for images, labels in self.results(reader, self.test_jobs(batch_size)):
             if len(labels):  # else all of them were corrupt
                 yield self.normalise(images), labels
 
     def train_jobs(self, start):
-        """Endless jobs for Reader: this rank's part of step start, start + 1 and so on."""
+        """Endless jobs for Reader: this rank's shard of step start, start + 1 and so on."""
         B, n, seed = self.batch_size, len(self.train.files), self.seed
         places = range(self.rank, B, self.world_size)
         return (  # without a reference to self, so that deleting the data set ends its workers in an orderly way

@@ -13,10 +13,10 @@ import sys
 
 import numpy as np
 
-from lab.cli import Parser, UserError, one_line_errors
+from lab.cli import Parser
+from lab.errors import UserError, one_line_errors
 from lab.experiments import RANGES, RESULTS, ROOT, matches, read
-from lab.files import read_json, replacing
-from lab.runs import NUMBER, reading, require
+from lab.files import atomic_write, read_json
 from vit import ENCODINGS
 
 
@@ -99,10 +99,7 @@ def cost(file, what, **sizes):
     """A function cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
 
     def cell(pe):
-        path = RESULTS / f"{file}.json"
-        with reading(path):
-            rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "ratio": NUMBER}])
-        for row in rows:
+        for row in read_json(RESULTS / f"{file}.json").get("rows", []):
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
@@ -185,10 +182,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
 
 def peers():
     """Rows that compare our encodings with other implementations."""
-    path = RESULTS / "peers-cpu.json"
-    with reading(path):
-        rows = require(read_json(path).get("rows", []), [{"what": str, "pe": str, "base": str, "ratio": NUMBER}])
-    found = {}
+    rows, found = read_json(RESULTS / "peers-cpu.json").get("rows", []), {}
     for row in rows:
         found.setdefault((row["pe"], row["base"]), {})[row["what"]] = f"{row['ratio']:.2f}"
     titles = list(dict.fromkeys(row["what"] for row in rows))
@@ -305,7 +299,7 @@ def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
                 names = ", ".join(TABLES | OTHER_TABLES)
                 raise UserError(f"{path} has {start.strip()} without {end} after it, or its name is not in {names}")
             text = before + start + table(name) + end + after
-        with replacing(path) as tmp:
+        with atomic_write(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
 
 

@@ -17,8 +17,8 @@ from conftest import Call, cifar_split, pickled
 from PIL import Image
 
 from lab import data
-from lab.cli import UserError
 from lab.data import CIFAR100, Bearing, BearingCorner, batch_indices
+from lab.errors import UserError
 
 EPS = torch.finfo(torch.float32).eps
 DATA, ARCHIVE = Path("new/data"), Path("cifar-100-python.tar.gz")
@@ -178,7 +178,7 @@ def test_images_keep_their_labels_and_depend_on_seed_and_step(cifar, fraction):
     for seed, step in (1, 0), (1, 1), (2, 0), (1, 0):
         task = cifar(fraction=fraction, seed=seed)
         images, labels = task.train_batch(step)
-        batches.append([i.numpy().tobytes() for i in (images * task.scale + task.shift).round().byte()])
+        batches.append([i.numpy().tobytes() for i in (images * task.pixel_std + task.pixel_mean).round().byte()])
         assert [label[i] for i in batches[-1]] == labels.tolist()
     assert batches[0] == batches[3] and batches[0] != batches[1] and batches[0] != batches[2]
 
@@ -211,7 +211,7 @@ def test_augmented_images_keep_their_targets(cifar, augment):
     if augment == "3":
         targets = torch.nn.functional.one_hot(targets, 100)
     grey = targets[:, 50:].sum(dim=1)
-    level = (images * task.scale + task.shift).mean(dim=(1, 2, 3))
+    level = (images * task.pixel_std + task.pixel_mean).mean(dim=(1, 2, 3))
     pairs = (grey + grey.flip(0) - 1).abs() < 4 * EPS  # of a black image and a grey one
     whole = level + level.flip(0)
     assert (level / whole - grey)[

@@ -14,8 +14,8 @@ from conftest import ROOT, SMALL, as_flags, complaint
 
 import train
 from lab import distributed, evaluate, experiments, report
-from lab.cli import UserError
 from lab.environment import environment
+from lab.errors import UserError
 from lab.experiments import SETS, append, read
 from lab.files import write_json
 from lab.report import TABLES, table
@@ -50,7 +50,7 @@ def pretend(script, deadline):
     found |= {"patches": {"shuffled": 1}} if args.shuffle else {}
     places = {"everywhere": 1, "upper left": 1, "lower right": 1}
     found |= {"region": places, "token moved": {"lower right": 1}} if args.regions else {}
-    write_json(args.runs[0] / "evaluation.json", found)
+    write_json(args.runs[0] / "evaluation.json", {"accuracies": found})
 
 
 def test_a_run_is_trained_and_evaluated_once_and_becomes_a_row(monkeypatch):

@@ -177,7 +177,7 @@ def test_runs_are_drawn_as_recorded():
     recorded = (40, 30, {"48": 40, "64": 9}), (60, 70, {"48": 60}), (30, 10, {})
     for run, (speed, shift, sizes) in zip(runs, recorded, strict=True):
         accuracies = {"test": {"test": 80}, "size": {"24": 20} | sizes, "shift": {"2": shift}}
-        write_json(Path(run, "evaluation.json"), accuracies)
+        write_json(Path(run, "evaluation.json"), {"accuracies": accuracies})
         result = {"images_per_second": speed, "test_accuracy": shift, "device": "cpu"}
         write_json(Path(run, "result.json"), read_json(Path(run, "result.json")) | result)
     read = figures.read_runs(map(Path, runs))

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from lab import imagenet
 from lab.augment import flip_and_color, mix
-from lab.cli import UserError
+from lab.errors import UserError
 from lab.imagenet import ImageNet, centre_crop, load, random_crop
 
 EPS = torch.finfo(torch.float32).eps
@@ -133,12 +133,12 @@ def test_hidden_folders_and_what_is_no_file_are_left_out(root, capsys):
 
 
 def test_a_changed_folder_is_noticed(root):
-    contents = make(root).contents
+    contents = make(root).fingerprint
     assert contents.startswith("16 + 7 images of 3 classes")
     (root / FILES[0]).rename(root / "train/ant/another.png")
-    renamed = make(root).contents
+    renamed = make(root).fingerprint
     (root / FILES[-2]).unlink()
-    assert len({contents, renamed, make(root).contents}) == 3
+    assert len({contents, renamed, make(root).fingerprint}) == 3
 
 
 def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):

@@ -1,0 +1,141 @@
+"""A run's folder: config.json, log.csv, curves.png, last.pt, and the results of train.py and lab.evaluate."""
+
+import io
+import json
+import zipfile
+
+from lab.checkpoint import from_bytes, give_back, not_finite, snapshot, to_bytes, unreadable
+from lab.errors import UserError, first_line, is_out_of_memory, user_errors
+from lab.files import atomic_write, plain, read_json
+from vit import ViT
+
+
+def check_folder(folder, resume):
+    """Raise a UserError if there is no run to resume, or if a new one would overwrite something."""
+    last = folder / "last.pt"
+    if resume and not last.is_file():
+        raise UserError(f"there is no {last} to continue: leave --resume out, or name a run's folder with --out")
+    if not resume and last.exists():
+        raise UserError(f"{folder} holds a run: add --resume to continue it, or choose another folder with --out")
+    for path in folder / "config.json", folder / "result.json":  # also left by a run killed before its first checkpoint
+        if path.exists() and "pe" not in read_json(path):
+            raise UserError(f"{path} does not belong to a run: choose another folder with --out")
+
+
+def save_checkpoint(folder, state, config, **about):
+    """Write last.pt and curves.png: the state, the flags that determine the result, and what readers need to know.
+
+    What is written has been read back: there is always a last.pt that can be read. Weights that are not finite are not
+    saved.
+    """
+    if found := not_finite(state["model"], state["optimizer"]):
+        raise UserError(f"{found} became NaN or infinite: try a lower --lr", code=1)
+    saved = snapshot(state) | about | {"config": plain(config)}
+    try:
+        content = to_bytes(saved)
+        from_bytes(content)
+    except Exception as e:  # objects can fail in any way
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"a checkpoint cannot hold {unreadable(saved)}: make it a number, text or a tensor") from e
+    for name in "result.json", "evaluation.json":  # they describe the weights that are replaced here
+        (folder / name).unlink(missing_ok=True)
+    with atomic_write(folder / "last.pt") as tmp:
+        tmp.write_bytes(content)
+    if state["log"]:
+        plot_curves(folder / "curves.png", "{pe} on {dataset}, seed {seed}".format(**config), state["log"])
+
+
+def load_checkpoint(folder, state, config):
+    """Give back what save_checkpoint saved. Raises UserError if it is of another configuration or does not fit."""
+    path, saved, config = folder / "last.pt", read_checkpoint(folder), plain(config)
+    for name in config.keys() - saved["config"].keys():
+        print(f"{path} is older than {flag(name)}, which is {config[name]} from here on")
+    if changed := differing(saved["config"], config):
+        pairs = (f"{flag(name)} was {saved['config'][name]}, is {config[name]}" for name in changed)
+        raise UserError(f"{path} has another configuration: {', '.join(pairs)}")
+    if missing := state.keys() - saved.keys():
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}: start another run, with another --out")
+    for name, x in state.items():
+        try:
+            state[name] = give_back(x, saved[name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as e:
+            if is_out_of_memory(e):
+                raise
+            raise UserError(f"{path} does not fit this {name}, which has changed since: {e}") from e
+    read_of_run(folder / "result.json", config)
+
+
+def read_checkpoint(folder):
+    """The content of last.pt, on the CPU. Raises UserError if there is none or it cannot be read."""
+    path = folder / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name folders that train.py has written")
+    content = path.read_bytes()
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch does not verify checksums
+    except zipfile.BadZipFile as e:
+        damaged = e
+    if damaged:
+        raise UserError(f"{path} is corrupt ({damaged}): restore it from a copy")
+    try:
+        saved = from_bytes(content)
+        saved["config"], saved["model"], saved["vit"], saved["data"], saved["log"]
+    except Exception as e:  # other content can fail in any way
+        if is_out_of_memory(e):
+            raise
+        raise UserError(f"{path} is not a checkpoint of train.py ({first_line(e)}): move it away") from e
+    return saved
+
+
+def read_run(folder, device="cpu"):
+    """A run's folder -> the content of its last.pt, and its model."""
+    saved = read_checkpoint(folder)
+    with user_errors(ValueError):
+        model = ViT(**saved["vit"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as e:
+        raise UserError(f"{folder / 'last.pt'} does not fit the model, which has changed since ({e})") from e
+    return saved, model.to(device)
+
+
+def read_of_run(path, config):
+    """A result of the run of this configuration, from a JSON file that names it; {} if there is none."""
+    found = read_json(path)
+    if other := differing(found, config):
+        names = ", ".join(f"{name} {found[name]}" for name in other)
+        raise UserError(f"{path} is of another run ({names}): delete it, and generate it again")
+    return found
+
+
+def differing(a, b):
+    """The names whose values differ in two dicts of plain values, where both have them. (NaN is NaN.)"""
+    return [name for name in a if name in b and json.dumps(a[name]) != json.dumps(b[name])]
+
+
+def flag(name):
+    return "the data set" if name == "data_set" else f"--{name.replace('_', '-')}"
+
+
+def plot_curves(path, title, log):
+    """Loss and accuracy over the epochs, a PNG."""
+    from matplotlib.figure import Figure  # here because it takes half a second
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, colour in (
+        (left, "train_loss", "#0072b2"),
+        (right, "train_accuracy", "#999999"),
+        (right, "test_accuracy", "#d55e00"),
+    ):
+        axes.plot(
+            [row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour, label=name.split("_")[0]
+        )
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    right.legend(frameon=False)
+    figure.suptitle(title)
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
