@@ -39,7 +39,10 @@ from lab.run import check_folder, load_checkpoint, save_checkpoint
 from vit import ENCODINGS, ViT
 
 COUNT, POSITIVE, NOT_NEGATIVE, RATE = number(int, least=1), number(float), number(float, 0), number(float, 0, 0.9)
-OPTIMIZERS = {"lamb": (LAMB, 4e-3), "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3)}  # with default lr
+OPTIMIZERS = {  # with default lr
+    "lamb": (LAMB, 4e-3),
+    "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3),
+}
 
 FLAGS = {  # whose defaults depend on the data set: type or choices, default without a recipe, help
     "epochs": (COUNT, 10, "passes over the training images"),

@@ -3,4 +3,9 @@
 from lab.data import CIFAR100, Bearing, BearingCorner
 from lab.imagenet import ImageNet
 
-DATASETS = {"cifar100": CIFAR100, "imagenet": ImageNet, "bearing": Bearing, "bearing-corner": BearingCorner}
+DATASETS = {
+    "cifar100": CIFAR100,
+    "imagenet": ImageNet,
+    "bearing": Bearing,
+    "bearing-corner": BearingCorner,
+}

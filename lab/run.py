@@ -59,7 +59,7 @@ def load_checkpoint(folder, state, config):
     for name, x in state.items():
         try:
             state[name] = give_back(x, saved[name])
-        except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
             if is_out_of_memory(e):
                 raise
             raise UserError(f"{path} does not fit this {name}, which has changed since: {e}") from e

@@ -10,13 +10,17 @@ import io
 import itertools
 import pickle
 import re
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import train
 from lab.data import Bearing
 from vit import ENCODINGS, ViT
 
@@ -74,6 +78,9 @@ def as_flags(settings):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+TINY = as_flags(SMALL)
+
+
 @pytest.fixture
 def tiny_bearing(monkeypatch, tmp_path):
     """Four steps of 16 images per epoch, 50 test images, and an empty working directory to write into."""
@@ -85,6 +92,51 @@ def tiny_bearing(monkeypatch, tmp_path):
 def weights(out):
     """The contents of last.pt in the run's folder."""
     return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def run(*flags):
+    """A tiny run of train.py, in this process."""
+    return train.main([*TINY, *flags])
+
+
+def bad(capsys, *flags):
+    return complaint(capsys, train.main, *TINY, *flags)
+
+
+@contextmanager
+def before(owner, name, act, call=None):
+    """Call act(*arguments) before each call of owner.name, or before one of them."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call or call is None:
+            act(*args)
+        return function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        yield
+
+
+def ctrl_c(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupted(*flags, at=(F, "cross_entropy"), call=5):
+    """A run that Ctrl-C stops in its fifth step, or before another function call."""
+    with before(*at, ctrl_c, call):
+        assert run(*flags) == 130
+
+
+def assert_resumes_to_the_same_end(*flags, stop=interrupted, then=()):
+    """A resumed run has the weights, bit for bit, and the log, except for times, of one that was never stopped."""
+    assert run("--out=whole", *flags) == 0
+    stop("--out=cut", *flags)
+    assert run("--out=cut", *flags, "--resume", *then) == 0
+    a, b = weights("whole"), weights("cut")
+    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
+    assert [row | {"seconds": 0} for row in a["log"]] == [row | {"seconds": 0} for row in b["log"]]
+    assert {*os.listdir("whole")} == {*os.listdir("cut")}
 
 
 def complaint(capsys, main, *flags):

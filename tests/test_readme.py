@@ -16,7 +16,7 @@ from lab import benchmark, evaluate, experiments, figures, report
 from vit import ENCODINGS
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
-TEXT = "".join(PAGES.values())
+TEXT = re.sub("```diff.*?```", "", "".join(PAGES.values()), flags=re.DOTALL)  # tests/test_changes.py tries those
 COMMANDS = re.findall(r"(?:python|torchrun \S+) (train\.py|-m lab\.\w+)(?!.* (?:DIR|--help|golden))([^`\n]*)", TEXT)
 EXAMPLE, TUTORIAL = re.findall(r"```python\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
 RESULTS = [*experiments.RESULTS.glob("*.csv"), *experiments.RESULTS.glob("*.json")]

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +18,23 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, ROTARY, SMALL, Call, as_flags, cifar_split, complaint, make_imagenet, pickled, weights
+from conftest import (
+    ROOT,
+    ROTARY,
+    TINY,
+    Call,
+    assert_resumes_to_the_same_end,
+    bad,
+    before,
+    cifar_split,
+    complaint,
+    ctrl_c,
+    interrupted,
+    make_imagenet,
+    pickled,
+    run,
+    weights,
+)
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
@@ -34,52 +49,7 @@ from lab.run import read_run
 from vit import ENCODINGS, ViT
 
 pytestmark = pytest.mark.usefixtures("tiny_bearing")
-TINY = as_flags(SMALL)
 FOLDERS = ["--dataset=imagenet", "--data-dir=in", "--img-size=32", "--patch-size=16", "--batch-size=6", "--workers=0"]
-
-
-def run(*flags):
-    return train.main([*TINY, *flags])
-
-
-def bad(capsys, *flags):
-    return complaint(capsys, train.main, *TINY, *flags)
-
-
-@contextmanager
-def before(owner, name, act, call=None):
-    """Call act(*arguments) before each call of owner.name, or before one of them."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def wrapped(*args, **kwargs):
-        if next(calls) == call or call is None:
-            act(*args)
-        return function(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, wrapped)
-        yield
-
-
-def ctrl_c(*_):
-    signal.raise_signal(signal.SIGINT)
-
-
-def interrupted(*flags, at=(F, "cross_entropy"), call=5):
-    """A run that Ctrl-C stops in its fifth step, or before another function call."""
-    with before(*at, ctrl_c, call):
-        assert run(*flags) == 130
-
-
-def assert_resumes_to_the_same_end(*flags, stop=interrupted, then=()):
-    """A resumed run has the weights, bit for bit, and the log, except for times, of one that was never stopped."""
-    assert run("--out=whole", *flags) == 0
-    stop("--out=cut", *flags)
-    assert run("--out=cut", *flags, "--resume", *then) == 0
-    a, b = weights("whole"), weights("cut")
-    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
-    assert [row | {"seconds": 0} for row in a["log"]] == [row | {"seconds": 0} for row in b["log"]]
-    assert {*os.listdir("whole")} == {*os.listdir("cut")}
 
 
 @pytest.fixture

@@ -1,0 +1,348 @@
+"""Changes that a reader makes to train.py or lab/: they train, stop, and resume to the same bits, or get one line."""
+
+import collections
+import enum
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, assert_resumes_to_the_same_end, bad, before, interrupted, run, weights
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import train
+from lab.data import Dataset
+from lab.datasets import DATASETS
+from lab.errors import UserError
+from lab.run import load_checkpoint, save_checkpoint
+from vit import ViT
+
+pytestmark = pytest.mark.usefixtures("tiny_bearing")
+CHAPTER = (ROOT / "lab/README.md").read_text().partition("## Change it\n")[2].partition("\n## ")[0]
+CHANGES = dict(re.findall(r"^### ([^\n]+)\n.*?```diff\n(.*?)```", CHAPTER, re.MULTILINE | re.DOTALL))
+FLAGS = {"Another optimizer": ["--opt=lion"], "A data set": ["--dataset=digits", "--data-dir=."]}
+FLAGS["A second loss"] = ["--teacher=teacher"]
+SCRIPT = """
+import itertools, signal, sys, train
+import torch.nn.functional as F
+from lab.data import Bearing
+
+def cross_entropy(*args, function=F.cross_entropy, calls=itertools.count(1)):
+    if next(calls) == 7:
+        signal.raise_signal(signal.SIGINT)
+    return function(*args)
+
+Bearing.train_size, Bearing.test_size = 64, 50
+assert train.main([*sys.argv[1:], "--out=whole"]) == 0
+F.cross_entropy = cross_entropy
+assert train.main([*sys.argv[1:], "--out=cut"]) == 130
+assert train.main([*sys.argv[1:], "--out=cut", "--resume"]) == 0
+"""
+
+
+def assert_same(a, b, name=""):
+    """All that a checkpoint holds is the same, bit for bit, except times."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a.keys() - {"seconds"}:
+            assert_same(a[key], b[key], f"{name} {key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{name} {i}")
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
+    else:
+        assert a == b, name
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_documented_change_resumes_to_the_same_bits(name):
+    for path in *ROOT.glob("*.py"), *ROOT.glob("lab/*.py"):
+        copy = Path(path.relative_to(ROOT))
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    subprocess.run(["git", "apply"], input=CHANGES[name], text=True, check=True)
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (84, 3, 16, 16), dtype=np.uint8), random.integers(0, 10, 84)
+    np.savez("digits.npz", images=images[:64], labels=labels[:64], test_images=images[64:], test_labels=labels[64:])
+    if name == "A second loss":
+        assert run("--out=teacher") == 0
+    command = [sys.executable, "-c", SCRIPT, *TINY, *FLAGS.get(name, [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(weights("whole"), weights("cut"))
+    assert name != "Logging elsewhere" or len(Path("cut/log.jsonl").read_text().splitlines()) == 3
+
+
+def test_five_changes_are_documented():
+    assert len(CHANGES) == 5 and FLAGS.keys() < CHANGES.keys()
+
+
+class Flat(torch.optim.Optimizer):
+    """Momentum for all parameters in one tensor, and whole numbers beside it."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        ps = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grad = torch.cat([p.grad.flatten() for p in ps])
+        state = self.state[ps[0]]
+        state["count"] = state.get("count", torch.zeros((), dtype=torch.int64)) + 1
+        state["sign"] = grad > 0
+        state["flat"] = 0.9 * state.get("flat", 0) + grad
+        for p, m in zip(ps, state["flat"].split([p.numel() for p in ps]), strict=True):
+            p.sub_(m.view_as(p), alpha=self.param_groups[0]["lr"] / state["count"].item())
+
+
+class Empty(torch.optim.Optimizer):
+    """Signs of gradients; its only memory is a number in its groups."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-3, "count": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"] / group["count"])
+
+
+def muon(groups):
+    """Its own optimizer takes matrices only."""
+    ps = [p for group in groups for p in group["params"]]
+    for p in ps:
+        p.requires_grad_(p.dim() == 2)
+    return torch.optim.Muon([p for p in ps if p.dim() == 2], lr=1e-3)
+
+
+NAMES = "SGD", "Adagrad", "RMSprop", "Adafactor", "Adamax", "ASGD", "Rprop", "NAdam", "RAdam"
+OPTIMIZERS = {name: getattr(torch.optim, name) for name in NAMES} | {"Muon": muon, "Flat": Flat, "Empty": Empty}
+OPTIMIZERS["momentum"] = partial(torch.optim.SGD, momentum=0.9)
+OPTIMIZERS["AMSGrad"] = partial(torch.optim.Adam, amsgrad=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_resumes_to_the_same_bits(name, monkeypatch):
+    monkeypatch.setitem(train.OPTIMIZERS, "new", (OPTIMIZERS[name], 1e-3))
+    assert_resumes_to_the_same_end("--opt=new", "--pe=spherical-learned", "--epochs=2")
+    assert_same(weights("whole")["optimizer"], weights("cut")["optimizer"])
+
+
+def test_a_groups_own_rate_follows_the_schedule(monkeypatch):
+    def own_rates(args, model, make=train.make_optimizer):
+        optimizer = make(args, model)
+        optimizer.param_groups[1]["lr"] *= 10
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", own_rates)
+    rates = []
+    with before(torch.optim.AdamW, "step", lambda o: rates.append([group["lr"] for group in o.param_groups])):
+        assert_resumes_to_the_same_end()
+    assert len({a for a, _ in rates}) > 4 and all(b == pytest.approx(10 * a) for a, b in rates)
+
+
+def changed_vit(monkeypatch, change):
+    """train.py builds a ViT to which change(model) is done."""
+
+    def make(**options):
+        model = ViT(**options)
+        change(model)
+        return model
+
+    monkeypatch.setattr(train, "ViT", make)
+
+
+def freeze(model):
+    model.patch_embed.requires_grad_(False)
+
+
+def add_unused(model):
+    model.unused = nn.Parameter(torch.ones(3))
+
+
+def use_now_and_then(model):
+    model.rare, steps = nn.Parameter(torch.ones(1)), []
+
+    def sometimes(module, args, logits):
+        steps.append(module.training)
+        return logits * module.rare if torch.rand(()) < 0.3 else logits
+
+    model.register_forward_hook(sometimes)
+
+
+def add_buffers(model):
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    for dtype in torch.bool, torch.int64, torch.bfloat16, torch.complex64, torch.uint8:
+        model.register_buffer(f"a_{str(dtype)[6:]}", torch.ones(2, dtype=dtype))
+
+
+def share(model):
+    model.blocks[1].mlp = model.blocks[0].mlp
+
+
+def transpose(model):
+    weight = model.head.weight
+    model.head.weight = nn.Parameter(weight.detach().T.contiguous().T)
+
+
+@pytest.mark.parametrize("change", [freeze, add_unused, use_now_and_then, add_buffers, share, transpose])
+def test_unusual_parameters_resume_to_the_same_bits(change, monkeypatch):
+    changed_vit(monkeypatch, change)
+    assert_resumes_to_the_same_end()
+    assert_same(weights("whole")["optimizer"], weights("cut")["optimizer"])
+
+
+def add_parameter(model):
+    model.extra = nn.Parameter(torch.ones(1))
+
+
+def more_classes(model):
+    model.head = nn.Linear(24, 9)
+
+
+def reorder(model):
+    model.blocks[0]._modules = dict(reversed(model.blocks[0]._modules.items()))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (add_parameter, 'Missing key(s) in state_dict: "extra"'),
+        (more_classes, "size mismatch for head.weight"),
+        (reorder, "parameters are in another order"),
+    ],
+)
+def test_a_changed_model_gets_one_line_that_names_the_change(change, says, monkeypatch, capsys):
+    interrupted("--out=a")
+    changed_vit(monkeypatch, change)
+    line = bad(capsys, "--out=a", "--resume")
+    assert "a/last.pt does not fit this model, which has changed since: " in line and says in line
+
+
+def add_flag(monkeypatch, *names, **options):
+    def add(parser, function=train.add_device_flags):
+        function(parser)
+        parser.add_argument(*names, **options)
+
+    monkeypatch.setattr(train, "add_device_flags", add)
+
+
+Colour = enum.Enum("Colour", "RED BLUE")
+
+
+@dataclass
+class Range:
+    low: float
+    high: float = 1.0
+
+
+@pytest.mark.parametrize(
+    "kind, default, typed",
+    [
+        (Path, Path("a"), "b"),
+        (Colour.__getitem__, Colour.RED, "BLUE"),
+        (lambda text: Range(float(text)), Range(0.0), "1"),
+        (lambda text: tuple(text.split(",")), (1, 2), "3,4"),
+        (partial(getattr, F), F.relu, "silu"),
+        (np.float32, np.float32(1), "2"),
+        (float, float("nan"), "2"),
+    ],
+)
+def test_a_flag_of_any_type_resumes_and_is_compared(kind, default, typed, monkeypatch, capsys):
+    add_flag(monkeypatch, "--new", type=kind, default=default)
+    for out, flags in ("default", []), ("typed", [f"--new={typed}"]):
+        interrupted(f"--out={out}", *flags)
+        assert run(f"--out={out}", "--resume", *flags) == 0
+    assert "--new was " in bad(capsys, "--out=typed", "--resume")
+
+
+def test_runs_older_than_a_flag_resume_and_say_its_value(monkeypatch, capsys):
+    interrupted("--out=a")
+    add_flag(monkeypatch, "--smoothing", type=float, default=0.1)
+    assert run("--out=a", "--resume") == 0
+    assert "a/last.pt is older than --smoothing, which is 0.1 from here on\n" in capsys.readouterr().out
+
+
+CONFIG = {"pe": "none", "dataset": "bearing", "seed": 0}
+
+
+def state(**more):
+    model = nn.Linear(2, 2)
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "log": []} | more
+
+
+def test_what_is_in_the_state_comes_back_in_place(tmp_path):
+    def make():
+        ema, rows = AveragedModel(nn.Linear(2, 2)), [{"loss": 1.0}]
+        weights = nn.Linear(2, 2)
+        return state(ema=ema, dict=weights.state_dict(), tensor=torch.rand(3), rows=rows), (ema, weights, rows)
+
+    saved, others = make()
+    others[2].append({"loss": 2.0})
+    save_checkpoint(tmp_path, saved, CONFIG, vit={}, data={})
+    loaded, found = make()
+    tensor = loaded["tensor"]
+    load_checkpoint(tmp_path, loaded, CONFIG)
+    for a, b in zip(others[:2], found[:2], strict=True):
+        assert_same(a.state_dict(), b.state_dict())
+    assert found[2] == others[2] and tensor is loaded["tensor"] and torch.equal(tensor, saved["tensor"])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("log", [{"loss": 1.0}, {"loss": np.float32(1)}]),
+        ("generator", torch.Generator()),
+        ("recent", collections.deque([1])),
+        ("act", lambda x: x),
+        ("deep", {"path": [Path("a")]}),
+    ],
+)
+def test_what_cannot_be_read_back_is_named_and_not_saved(name, value, tmp_path):
+    save_checkpoint(tmp_path, state(), CONFIG, vit={}, data={})
+    before = (tmp_path / "last.pt").read_bytes()
+    where = {"log": "['log'][1]['loss'], a numpy.float32", "deep": "['deep']['path'][0], a pathlib"}
+    with pytest.raises(UserError, match=re.escape(f"a checkpoint cannot hold state{where.get(name, f'[{name!r}]')}")):
+        save_checkpoint(tmp_path, state(**{name: value}), CONFIG, vit={}, data={})
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+class Squares(Dataset):
+    num_classes, img_size = 3, 8
+
+    def read(self):
+        images, labels = torch.arange(3)[:, None, None, None].expand(3, 3, 8, 8).byte() * 100, torch.arange(3)
+        return (images.repeat(30, 1, 1, 1), labels.repeat(30)), (images, labels)
+
+
+def test_a_data_set_is_a_class_and_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "squares", Squares)
+    assert train.parse_args(["--dataset=squares"]).epochs == train.parse_args(["--dataset=bearing"]).epochs
+    assert_resumes_to_the_same_end("--dataset=squares")
+    assert weights("whole")["step"] == 3 * (90 // 16)
+    monkeypatch.setattr(Squares, "num_classes", 2)
+    assert "labels are 0 to 2, but num_classes is 2" in bad(capsys, "--dataset=squares", "--out=b")
+
+
+def test_a_recipe_is_shown_and_its_misspelt_flag_named(monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "squares", Squares)
+    monkeypatch.setitem(train.RECIPES, "squares", {"epochs": 77})
+    assert train.parse_args(["--dataset=squares"]).epochs == 77
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert "squares 77" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setitem(train.RECIPES, "squares", {"epoch": 77})
+    with pytest.raises(AttributeError, match="epoch"):
+        train.parse_args(["--dataset=squares"])
