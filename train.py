@@ -155,7 +155,7 @@ def train(args):
     vit_options = {
         "pe": args.pe,
         "img_size": data.img_size,
-        "num_classes": data.num_classes,
+        "num_classes": int(data.num_classes),
         "num_heads": args.heads,
         "layer_scale": args.layer_scale or None,
         **{name: getattr(args, name) for name in VIT_FLAGS},
@@ -190,7 +190,7 @@ def train(args):
     # The loop: a training step, or the test at the end of an epoch. What a step draws depends on the seed and the step.
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
-    saved = shown = time.perf_counter()
+    last_save = shown = time.perf_counter()
     waited = 0.0
     with stop_on_signals() as stop, tqdm(**progress) as bar:
         while (epoch := len(state["log"])) < args.epochs and not stop.asked():
@@ -233,9 +233,9 @@ def train(args):
                     bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
                     shown, waited = time.perf_counter(), 0.0
                 state["seconds"] += time.perf_counter() - start
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                if time.perf_counter() - last_save > CHECKPOINT_SECONDS:
                     save()
-                    saved = time.perf_counter()
+                    last_save = time.perf_counter()
             else:
                 # The end of the epoch: test, and add a row to the log
                 loss, correct = epoch_means(state)

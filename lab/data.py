@@ -219,7 +219,7 @@ def cifar100_folder(root):
     folder, archive = root / "cifar-100-python", root / CIFAR100_URL.rpartition("/")[2]
     if folder.is_dir():
         return folder
-    with locked(root, "--data-dir", wait=True):
+    with locked(root, wait=True):
         if folder.is_dir():  # another run extracted it in the meantime
             return folder
         if not archive.exists():

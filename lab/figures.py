@@ -32,7 +32,7 @@ from comrope import ComRoPE
 from lab import experiments, report
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
-from lab.files import atomic_write, make_folder
+from lab.files import atomic_write
 from lab.run import differing, flag, read_of_run, read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
@@ -63,7 +63,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("lab/figures"), help="where the pictures go (%(default)s/)")
     args = parser.parse_args(argv)
     runs = read_runs(args.runs)
-    make_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
         with matplotlib.rc_context(STYLE):
             figure = draw(runs) if runs else draw()

@@ -28,16 +28,8 @@ def atomic_write(path):
         tmp.unlink(missing_ok=True)
 
 
-def make_folder(path, flag="--out"):
-    """Create the folder that a flag names, and its parents, if it does not exist."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to {path} ({e.strerror}): choose another folder with {flag}") from e
-
-
 @contextmanager
-def locked(folder, flag="--out", wait=False):
+def locked(folder, wait=False):
     """Create the folder and lock it in this block: others get a UserError, as rank 0 locks it for all, or they wait.
 
     The lock ends with its process, even if that is killed. Windows and some file systems have no locks.
@@ -45,7 +37,7 @@ def locked(folder, flag="--out", wait=False):
     if RANK and not wait:
         yield
         return
-    make_folder(folder, flag)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with open(path, "w") as file:
         try:

@@ -202,10 +202,7 @@ def find_classes(train, val, limit):
 
 def listed(folder):
     """Entries of a folder that are not hidden: notebooks and Macs leave .ipynb_checkpoints and ._names behind."""
-    try:
-        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as e:
-        raise UserError(f"cannot list {folder} ({e.strerror}): make it readable, or move it away") from e
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
 
 
 def is_file(entry):

@@ -119,9 +119,9 @@ def test_micro_batches_add_up_to_the_batch(size):
 def test_processes_share_what_lies_on_the_device(kind, augment, world_size):
     images, labels = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8), torch.arange(30)
 
-    def tensors(**place):
+    def tensors(**shard):
         """Images and targets of a batch, and of the test set."""
-        data = kind("data", batch_size=6, augment=augment, **place)
+        data = kind("data", batch_size=6, augment=augment, **shard)
         data.images = data.test_images = images  # not used by Bearing
         data.labels = data.test_labels = labels
         torch.manual_seed(0)
