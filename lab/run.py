@@ -30,7 +30,7 @@ def save_checkpoint(folder, state, config, **about):
     """
     if found := not_finite(state["model"], state["optimizer"]):
         raise UserError(f"{found} became NaN or infinite: try a lower --lr", code=1)
-    saved = snapshot(state) | about | {"config": plain(config)}
+    saved = snapshot(state) | about | {"config": plain(config), "parameters": optimized(state)}
     try:
         content = to_bytes(saved)
         from_bytes(content)
@@ -63,7 +63,15 @@ def load_checkpoint(folder, state, config):
             if is_out_of_memory(e):
                 raise
             raise UserError(f"{path} does not fit this {name}, which has changed since: {e}") from e
+    if saved.get("parameters", optimized(state)) != optimized(state):
+        raise UserError(f"{path} does not fit this optimizer: its parameters were others, or in another order")
     read_of_run(folder / "result.json", config)
+
+
+def optimized(state):
+    """The optimizer's parameters by name: its own state knows them by number alone."""
+    names = {p: name for name, p in state["model"].named_parameters()}
+    return [names.get(p) for group in state["optimizer"].param_groups for p in group["params"]]
 
 
 def read_checkpoint(folder):

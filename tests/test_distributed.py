@@ -97,7 +97,7 @@ def test_two_processes_resume_to_the_same_end_in_micro_batches(stopped):
     assert out.count("test accuracy after 3 epochs") == 1
 
 
-def test_an_image_that_only_one_process_cannot_read_is_named_and_stops_both(started):
+def test_an_unreadable_image_is_named_and_stops_all_processes(started):
     _, err = started["odd"].communicate()
     assert re.search("^error: cannot read odd/val/a/1.jpeg .*", err, re.MULTILINE), err
     assert not Path("odd-run/result.json").exists()

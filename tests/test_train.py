@@ -402,13 +402,13 @@ def test_only_a_checkpoint_that_was_read_whole_is_called_corrupt(capsys):
             assert says in bad(capsys, *resume)
 
 
-def test_a_finished_run_gets_the_result_that_a_full_disk_had_no_room_for():
+def test_a_finished_run_without_a_result_gets_one():
     run("--out=a")
     Path("a/result.json").unlink()
     assert run("--out=a", "--resume") == 0 and read_json(Path("a/result.json"))
 
 
-def test_weights_and_moments_that_are_not_finite_are_named_and_not_saved(capsys, monkeypatch):
+def test_weights_and_moments_not_finite_are_named_not_saved(capsys, monkeypatch):
     assert run("--out=a", "--lr=1e38", "--epochs=1", "--batch-size=64") == 1  # in the last step
     assert re.search(r"error: \S+ became NaN or infinite", capsys.readouterr().err)
     assert {*os.listdir("a")} == {"config.json", "log.csv"}
