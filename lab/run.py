@@ -30,7 +30,10 @@ def save_checkpoint(folder, state, config, **about):
     """
     if found := not_finite(state["model"], state["optimizer"]):
         raise UserError(f"{found} became NaN or infinite: try a lower --lr", code=1)
-    saved = snapshot(state) | about | {"config": plain(config), "parameters": optimized(state)}
+    about |= {"config": plain(config), "parameters": optimized_names(state)}
+    if taken := sorted(state.keys() & about.keys()):
+        raise UserError(f"a checkpoint cannot hold state[{taken[0]!r}]: it has a part of that name, choose another")
+    saved = snapshot(state) | about
     try:
         content = to_bytes(saved)
         from_bytes(content)
@@ -63,13 +66,13 @@ def load_checkpoint(folder, state, config):
             if is_out_of_memory(e):
                 raise
             raise UserError(f"{path} does not fit this {name}, which has changed since: {e}") from e
-    if saved.get("parameters", optimized(state)) != optimized(state):
+    if saved.get("parameters", optimized_names(state)) != optimized_names(state):
         raise UserError(f"{path} does not fit this optimizer: its parameters were others, or in another order")
     read_of_run(folder / "result.json", config)
 
 
-def optimized(state):
-    """The optimizer's parameters by name: its own state knows them by number alone."""
+def optimized_names(state):
+    """The optimizer's parameters, in order: its own state knows them by number alone."""
     names = {p: name for name, p in state["model"].named_parameters()}
     return [names.get(p) for group in state["optimizer"].param_groups for p in group["params"]]
 

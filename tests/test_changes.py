@@ -312,6 +312,7 @@ def test_what_is_in_the_state_comes_back_in_place(tmp_path):
         ("generator", torch.Generator()),
         ("recent", collections.deque([1])),
         ("act", lambda x: x),
+        ("data", {"a": 1}),  # which a checkpoint has itself
         ("deep", {"path": [Path("a")]}),
     ],
 )
