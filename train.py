@@ -59,7 +59,7 @@ FLAGS = {  # whose defaults depend on the data set: type or choices, default wit
     "drop_path": (RATE, 0.0, "stochastic depth: rate of dropping a residual branch"),
     "layer_scale": (NOT_NEGATIVE, 0.0, "initial LayerScale value, 0 for none"),
     "img_size": (COUNT, None, "side of the training images in pixels"),
-    "limit_classes": (COUNT, None, "use only this many classes, first by name"),
+    "limit_classes": (COUNT, None, "imagenet: use only this many classes, first by name"),
     "workers": (number(int, 0), None, "image-decoding processes per GPU"),
 }
 # van de Geijn et al. 2025, tables 5 and 6, after DeiT III (Touvron et al. 2022). bearing's is ours.
@@ -301,11 +301,9 @@ def make_optimizer(args, model):
     A group's lr is its peak learning rate.
     """
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    others = [p for p in model.parameters() if p not in decayed]
-    decayed = [p for p in model.parameters() if p in decayed]
     groups = [
-        {"params": decayed, "weight_decay": args.weight_decay, "lr": args.lr},
-        {"params": others, "weight_decay": 0.0, "lr": args.lr},
+        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": args.weight_decay, "lr": args.lr},
+        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0, "lr": args.lr},
     ]
     return OPTIMIZERS[args.opt][0](groups)
 

@@ -135,14 +135,11 @@ def plot_curves(path, title, log):
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, name, colour in (
-        (left, "train_loss", "#0072b2"),
-        (right, "train_accuracy", "#999999"),
-        (right, "test_accuracy", "#d55e00"),
-    ):
-        axes.plot(
-            [row["epoch"] for row in log], [row[name] for row in log], ".-", color=colour, label=name.split("_")[0]
-        )
+    epochs = [row["epoch"] for row in log]
+    left.plot(epochs, [row["train_loss"] for row in log], ".-", color="#0072b2")
+    right.plot(epochs, [row["train_accuracy"] for row in log], ".-", color="#999999", label="train")
+    right.plot(epochs, [row["test_accuracy"] for row in log], ".-", color="#d55e00", label="test")
+    for axes in left, right:
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))

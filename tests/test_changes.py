@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_resumes_to_the_same_end, bad, before, interrupted, run, weights
+from conftest import ROOT, TINY, assert_resumes_to_the_same_end, assert_same, bad, before, interrupted, run, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -46,22 +46,6 @@ F.cross_entropy = cross_entropy
 assert train.main([*sys.argv[1:], "--out=cut"]) == 130
 assert train.main([*sys.argv[1:], "--out=cut", "--resume"]) == 0
 """
-
-
-def assert_same(a, b, name=""):
-    """All that a checkpoint holds is the same, bit for bit, except times."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), name
-        for key in a.keys() - {"seconds"}:
-            assert_same(a[key], b[key], f"{name} {key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), name
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{name} {i}")
-    elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
-    else:
-        assert a == b, name
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -137,7 +121,6 @@ OPTIMIZERS["AMSGrad"] = partial(torch.optim.Adam, amsgrad=True)
 def test_any_optimizer_resumes_to_the_same_bits(name, monkeypatch):
     monkeypatch.setitem(train.OPTIMIZERS, "new", (OPTIMIZERS[name], 1e-3))
     assert_resumes_to_the_same_end("--opt=new", "--pe=spherical-learned", "--epochs=2")
-    assert_same(weights("whole")["optimizer"], weights("cut")["optimizer"])
 
 
 def test_a_groups_own_rate_follows_the_schedule(monkeypatch):
@@ -201,7 +184,6 @@ def transpose(model):
 def test_unusual_parameters_resume_to_the_same_bits(change, monkeypatch):
     changed_vit(monkeypatch, change)
     assert_resumes_to_the_same_end()
-    assert_same(weights("whole")["optimizer"], weights("cut")["optimizer"])
 
 
 def add_parameter(model):
