@@ -1,30 +1,41 @@
 """LieRE: learned rotations of a head's channels, or of blocks of them, by matrix exponentials (Ostmeier et al. 2024).
 
-    rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
-    q, k = rope(q, k, pos)                                # q, k (B, H, T, D); pos (T, 2): x, y of each token
+RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. LieRE takes
+the exponential of a larger skew-symmetric matrix, which turns many channels at once, and learns that matrix.
 
-Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
-its query and key by the exponential of a skew-symmetric matrix that is linear in p:
+    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
+    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
+    q, k = LieRE(head_dim=64, num_heads=6, block_size=8)(q, k, pos)  # one module for each attention layer
 
-    R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head
+A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
+p = (x, y) has its query and its key multiplied by
 
-torch.matrix_exp(x * A_x + y * A_y) computes the same, slowly. A_m consists of blocks of block_size = b channels. R is
+    R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head, m = x, y
 
-    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
-    not equivariant    R(p)^T R(q) = R(q - p) for all p, q only if A_x and A_y commute: blocks of 2 do, others rarely
-    oblique            a block mixes x and y, and can respond to a direction that is not along an axis
+The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-What turns which channels (head_dim = 9, block_size = 4; leftover channels come last, unrotated):
+    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    orthogonal           R(p)^T R(p) = I: norms are kept
+    not equivariant      R(p)^T R(p') = R(p' - p) for all p and p' if and only if A_x and A_y commute; blocks of 2 do,
+                         larger ones generically not
+    oblique              a block mixes x and y, and can respond to a direction that is not along an axis
+
+Channel layout (head_dim = 9, block_size = 4: A_m consists of such blocks; leftover channels come last):
 
     channel   0   1   2   3   4   5   6   7   8
              | first block   | second block  |free
 
-In one dimension there is only one A, and LieRE is learned RoPE in another basis; if A_x and A_y commute, it is Mixed
-RoPE in another basis; with blocks of 2 it is Mixed RoPE (van de Geijn et al. 2025, propositions 1 and 2, arXiv
-2511.08368). Entries of U start uniform in [0, 1), in radians per unit of position; exempt generators from weight decay.
-For the backward pass, all steps of the exponentials, one for each distinct position (compiled: each token), are kept;
-torch.utils.checkpoint saves that memory. All of this holds for M = pos_dim axes. Source: arXiv 2406.10322.
-This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
+With blocks of 2, LieRE is Mixed RoPE. If A_x and A_y commute, it is Mixed RoPE in another basis of the channels, and
+so, in one dimension, is any LieRE (van de Geijn et al. 2025, propositions 1 and 2, arXiv 2511.08368). Entries of U
+start uniform in [0, 1), in radians per unit of position; exempt generators from weight decay. pos_dim=M gives M axes.
+
+For the backward pass, all steps of one exponential per distinct position (compiled: per token) are kept in memory;
+torch.utils.checkpoint saves it. Compiled under autocast, exponentials have bfloat16 gradients unless you set
+torch._functorch.config.backward_pass_autocast = "off".
+
+Source: arXiv 2406.10322. This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings
+for vision" (MIT License).
 """
 
 import math
@@ -40,32 +51,40 @@ class LieRE(nn.Module):
     def __init__(self, head_dim, num_heads, *, block_size=None, pos_dim=2):
         super().__init__()
         b = head_dim if block_size is None else block_size
-        if b not in range(2, head_dim + 1):
-            raise ValueError(f"block_size must be from 2 to head_dim = {head_dim}, got {b}")
+        if not hasattr(b, "__index__") or not 2 <= b <= head_dim:
+            raise ValueError(f"block_size must be a whole number from 2 to head_dim = {head_dim}, got {b}")
         self.head_dim, self.num_heads, self.pos_dim, self.block_size = head_dim, num_heads, pos_dim, b
-        self.generators = nn.Parameter(torch.rand(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # U, row by row
+        self.generators = nn.Parameter(torch.empty(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # U, by rows
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw the generators anew, also when transformers or FSDP2 have left them uninitialised."""
+        nn.init.uniform_(self.generators)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
         H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
-        check(self, k, pos)
-        R = self.block_rotations(q, pos)
+        check(self, pos, q, k)
+        R = self.block_rotations(pos, torch.promote_types(q.dtype, k.dtype))
         return turn(q, R), turn(k, R)
 
     def rotate(self, x, pos):
         """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
-        return turn(x, self.block_rotations(x, pos))
+        check(self, pos, x)
+        return turn(x, self.block_rotations(pos, x.dtype))
 
-    def block_rotations(self, x, pos):
+    def block_rotations(self, pos, dtype):
         """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
-        check(self, x, pos)
-        A = self.matrices(torch.promote_types(x.dtype, torch.float32))
-        with no_autocast(x):
-            if is_tracing(pos, A) or is_differentiated(pos):
-                return skew_exp(torch.einsum("...tm,hmkij->...htkij", pos.to(A.dtype), A))  # exp(x A_x + y A_y)
-            return shared_exponentials(pos, A)  # the same, but only once for each distinct position
+        A = self.matrices(torch.promote_types(dtype, torch.float32))
+        p, index = distinct(pos)
+        with no_autocast(pos):
+            S = torch.einsum("nm,hmkij->hnkij", p.to(A.dtype), A)  # x A_x + y A_y
+            R = skew_exp(S)  # torch.matrix_exp(S), twice as fast, with gradients 2 to 5 times
+        if index is not None:
+            R = torch.cat([R, R.mT], dim=1).index_select(1, index)  # R(-p) = R(p)^T
+        return R.unflatten(1, pos.shape[:-1]).movedim(0, -5)
 
     def matrices(self, dtype=torch.float32):
         """A_m = U_m - U_m^T of each block: (H, M, K, b, b)."""
@@ -77,11 +96,10 @@ class LieRE(nn.Module):
 
     def rotation(self, pos):
         """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
-        if pos.dim() == 3:
-            return torch.stack([self.rotation(p) for p in pos])
-        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
-        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
-        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
+        p, dtype = pos.flatten(0, -2), torch.promote_types(pos.dtype, torch.float32)
+        basis = torch.eye(self.head_dim, dtype=dtype, device=pos.device)[:, None, None]  # e_0, e_1, ...
+        R = self.rotate(basis.expand(-1, self.num_heads, len(p), -1), p).permute(1, 2, 3, 0)  # column i is R e_i
+        return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, block_size={self.block_size}"
@@ -90,98 +108,86 @@ class LieRE(nn.Module):
 def turn(x, R):
     """R x for x (B, H * G, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
     H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
+    turned, free = x.split([K * b, x.shape[-1] - K * b], dim=-1)
     with no_autocast(x):
-        blocks = x[..., : K * b].to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
+        blocks = turned.to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
         blocks = torch.einsum("bhgtkj,bhtkij->bhgtki", blocks, R if R.dim() == 6 else R[None])
-        blocks = blocks.flatten(1, 2).flatten(-2).type_as(x)
-        return torch.cat([blocks, x[..., K * b :]], dim=-1) if K * b < x.shape[-1] else blocks
+    blocks = blocks.flatten(1, 2).flatten(-2).type_as(x)
+    return torch.cat([blocks, free], dim=-1) if free.shape[-1] else blocks
 
 
 # What makes it fast and safe
 
 
-def is_differentiated(pos):
-    """Whether gradients or tangents flow through pos: then equal positions must not share an exponential."""
-    return pos.requires_grad or unpack_dual(pos).tangent is not None
-
-
-def shared_exponentials(pos, A):
-    """exp(x A_x + y A_y), once for each distinct position, and for p and -p together: R(-p) = R(p)^T."""
-    p, index = distinct(pos)
-    R = skew_exp(torch.einsum("nm,hmkij->hnkij", p.to(A.dtype), A))
-    R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten()).unflatten(1, index.shape)
-    return R.movedim(0, -5)
-
-
 def distinct(pos):
-    """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n]."""
-    sign = pos.sign()
+    """pos (..., M) -> its distinct positions up to sign, p (N, M), and each token's index: n for p[n], N + n for -p[n].
+
+    If pos is not constant, all positions count as distinct, and the index is None.
+    """
+    p = pos.flatten(0, -2)
+    if not is_constant(pos):
+        return p, None
+    p = p.where(p.isfinite(), math.inf)  # NaN cannot be sorted
+    sign = p.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # that of the first nonzero coordinate
-    key = 0
-    for coordinate in (pos * sign).unbind(-1):
-        values, index = coordinate.unique(return_inverse=True)
-        key = key * len(values) + index
-    values, index = key.unique(return_inverse=True)
-    p = pos.new_empty(len(values), pos.shape[-1])
-    p[index] = pos * sign
+    p, index = (p * sign).unique(dim=0, return_inverse=True)
     return p, index + len(p) * (sign < 0).squeeze(-1)
 
 
-def skew_exp(A):
-    """exp(A) for skew-symmetric A (..., b, b), by scaling and squaring: exp(A) = exp(A / 2^s)^(2^s).
+def skew_exp(S):
+    """exp(S) for skew-symmetric S (..., b, b), by scaling and squaring: exp(S) = exp(S / 2^s)^(2^s).
 
-    X = exp(A / 2^s) - I comes from its Taylor polynomial of degree 6. Squaring turns X into (I + X)^2 - I = X (X + 2I),
-    which keeps a small X accurate, so that all matrices can share one s. The spectral norm of A is at most
-    sqrt(|A^2|_F / sqrt(2)), as eigenvalues come in pairs. Where this bound is NaN or above 3200, too much for float32,
+    X = exp(S / 2^s) - I comes from its Taylor polynomial of degree 6. Squaring turns X into (I + X)^2 - I = X (X + 2I),
+    which keeps a small X accurate, so that all matrices can share one s. The spectral norm of S is at most
+    sqrt(|S^2|_F / sqrt(2)), as eigenvalues come in pairs. Where this bound is NaN or above 3200, too much for float32,
     the result is NaN; other matrices are not affected.
     """
-    A2 = A @ A
-    norm = (A2.detach().norm(dim=(-2, -1)) / math.sqrt(2)).sqrt()
-    good = (norm <= 3200)[..., None, None]
-    A, A2 = A.where(good, 0), A2.where(good, 0)
-    A3 = A2 @ A
-    largest = 3200 if is_tracing(A) or not norm.numel() else norm.where(norm <= 3200, 0).max().item()
-    most = 0.008 if A.dtype == torch.float64 else 0.28  # |A / 2^s|^7 / 7! is below rounding
-    s = max(0, math.frexp(largest / most)[1])
+    S2 = S @ S
+    norm = (S2.detach().norm(dim=(-2, -1), keepdim=True) / math.sqrt(2)).sqrt()
+    good = norm <= 3200
+    largest = norm.where(good, 0).max().item() if norm.numel() and is_constant(norm) else 3200
+    small = 0.008 if S.dtype == torch.float64 else 0.28  # small^7 / 7! is below rounding
+    s = max(0, math.frexp(largest / small)[1])
+    S, S2 = S.where(good, 0), S2.where(good, 0)
     c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    X = c[1] * A + c[2] * A2 + A3 @ (c[3] * eye + c[4] * A + c[5] * A2 + c[6] * A3)
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    S3 = S2 @ S
+    X = c[1] * S + c[2] * S2 + S3 @ (c[3] * eye + c[4] * S + c[5] * S2 + c[6] * S3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
     return (X + eye).where(good, math.nan)
 
 
-def is_tracing(*tensors):
-    """Whether code cannot branch on the tensors' values: compiled or traced, in vmap, or on the meta device."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    try:
-        sum(tensor.sum() for tensor in tensors).item()
+def is_constant(x):
+    """Whether x has no derivatives, and values that Python can read: not if compiled, traced, in vmap, fake or meta."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or unpack_dual(x).tangent is not None:
         return False
+    try:
+        return bool(x.new_ones(()))
     except RuntimeError:
-        return True
+        return False
 
 
 def no_autocast(x):
-    """A context without autocast. Compiled gradients also need torch._functorch.config.backward_pass_autocast="off"."""
+    """A context without autocast: in bfloat16 an exponential would be wrong."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
-def check(rope, x, pos):
-    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+def check(rope, pos, *tensors):
+    """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
     H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
-    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
-    B, _, T, _ = x.shape
-    if tuple(pos.shape) not in ((T, M), (B, T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
+    for x in tensors:
+        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, q = torch.randn(2, 100, 2, dtype=torch.float64)
+    p, p_ = torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     for block_size in 8, 2:
         rope = LieRE(head_dim=64, num_heads=6, block_size=block_size)
-        Rp, Rq = rope.rotation(p), rope.rotation(q)
+        R, R_ = rope.rotation(p), rope.rotation(p_)
         print(rope)
-        print(f"  orthogonal:    |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-        print(f"  equivariant?   |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+        print(f"  orthogonal:    |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
+        print(f"  equivariant?   |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")

@@ -1,33 +1,45 @@
 """Axial RoPE: each pair of channels turns with the position along one axis (Su et al. 2021; Heo et al. 2024).
 
-    rope = AxialRoPE(head_dim=64, num_heads=6)  # one for each attention layer
-    q, k = rope(q, k, pos)                      # q, k (B, H, T, D); pos (T, 2): x, y of each token
+RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. In an image, half of
+the pairs turn with x and the other half with y:
 
-Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
-the pairs of channels of its query and key, half of them with x, half with y:
+    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
+    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
+    q, k = AxialRoPE(head_dim=64, num_heads=6)(q, k, pos)  # one module for each attention layer
+
+A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
+p = (x, y) has its query and its key multiplied by
 
     R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-In a score q_i^T R(p_i)^T R(p_j) k_j the key turns by p_j and back by p_i, so that only p_j - p_i matters. R is
+rot(a) is exp(a J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
+once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
-    equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: scores ignore a shift of all positions
-    not oblique    a pair knows one axis only, and so a score is f(x_j - x_i) + g(y_j - y_i)
+    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    orthogonal           R(p)^T R(p) = I: norms are kept
+    equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
+    not oblique          a pair knows one axis only, and so a score is f(x' - x) + g(y' - y)
 
-What turns which channels (head_dim = 10; leftover channels come last, unrotated):
+Channel layout (head_dim = 10; pairs are neighbours, not halves as in rotate_half; leftover channels come last):
 
     channel   0   1   2   3   4   5   6   7   8   9
              | w_0 x | w_1 x | w_0 y | w_1 y |  free |
 
 Frequencies w are in radians per unit of position:
 
-    fixed      w_d = theta^(-2d / D), D = head_dim, the same for all heads and axes
+    fixed      w_d = theta^(-2d / D), d = 0, 1, ..., with D = head_dim: the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
     learned    one for each head, axis and pair, initialised from U[0, 1); exempt freqs from weight decay
 
-All of this holds for M = pos_dim axes. Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3.
-This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
+RoPE-ViT's encoding is AxialRoPE(theta=100**2) with positions that count patches: its fastest pair turns by 1 radian per
+patch. Here that is 0.48 if training images have 14 patches per side, and 0.1 for 64. pos_dim=M gives M axes.
+
+Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3. This file stands alone, needs torch 2.3
+or newer, and is part of "Rotary position encodings for vision" (MIT License).
 """
+
+import math
 
 import torch
 from torch import nn
@@ -38,35 +50,41 @@ class AxialRoPE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, learned=False, uniform=False, theta=100.0, pos_dim=2):
         super().__init__()
-        self.pairs = head_dim // (2 * pos_dim)  # for each axis
-        if self.pairs < 1:
+        if not 2 <= 2 * pos_dim <= head_dim:
             raise ValueError(f"head_dim must be at least 2 * pos_dim = {2 * pos_dim}, got {head_dim}")
-        if learned and uniform:
-            raise ValueError("uniform frequencies are fixed: choose learned=True or uniform=True, not both")
-        if theta <= 0:
+        if not 0 < theta < math.inf:
             raise ValueError(f"theta must be above 0, got {theta}")
+        if [learned, uniform, theta != 100].count(True) > 1:
+            raise ValueError("frequencies are learned=True, uniform=True or from theta: choose one")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
-        self.learned, self.uniform, self.theta = learned, uniform, 1.0 if uniform else theta
+        self.learned, self.uniform, self.theta = learned, uniform, theta
+        self.pairs = head_dim // (2 * pos_dim)  # for each axis
         if learned:
-            self.freqs = nn.Parameter(torch.rand(num_heads, pos_dim, self.pairs))
+            self.freqs = nn.Parameter(torch.empty(num_heads, pos_dim, self.pairs))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw learned frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        if self.learned:
+            nn.init.uniform_(self.freqs)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
         H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
-        check(self, k, pos)
-        table = self.table(q, pos)
+        check(self, pos, q, k)
+        table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
         """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
-        return turn(x, self.table(x, pos))
+        check(self, pos, x)
+        return turn(x, self.table(pos, x.dtype))
 
-    def table(self, x, pos):
+    def table(self, pos, dtype):
         """Cosine and sine of each pair's angle w x or w y: (1 or num_heads, T, M * pairs, 2), or (B, ...)."""
-        check(self, x, pos)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         w = self.frequencies(dtype, pos.device)
         angle = (pos.to(dtype)[..., None, :, :, None] * w[:, None]).flatten(-2)
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -76,18 +94,19 @@ class AxialRoPE(nn.Module):
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.pairs, dtype=dtype, device=device)
-        return (self.theta ** (-2 * d / self.head_dim)).expand(1, self.pos_dim, -1)
+        w = torch.ones_like(d) if self.uniform else self.theta ** (-2 * d / self.head_dim)
+        return w.expand(1, self.pos_dim, -1)
 
     def rotation(self, pos):
         """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
-        if pos.dim() == 3:
-            return torch.stack([self.rotation(p) for p in pos])
-        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
-        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
-        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
+        p, dtype = pos.flatten(0, -2), torch.promote_types(pos.dtype, torch.float32)
+        basis = torch.eye(self.head_dim, dtype=dtype, device=pos.device)[:, None, None]  # e_0, e_1, ...
+        R = self.rotate(basis.expand(-1, self.num_heads, len(p), -1), p).permute(1, 2, 3, 0)  # column i is R e_i
+        return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, theta={self.theta:g}, learned={self.learned}"
+        kind = "learned=True" if self.learned else "uniform=True" if self.uniform else f"theta={self.theta:g}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
 
 
 def turn(x, table):
@@ -95,47 +114,40 @@ def turn(x, table):
     if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
     n = 2 * table.shape[-2]
-    pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, M * pairs, 2)
-    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
-        pairs = product(pairs, table)  # a cos - b sin, a sin + b cos
-        pairs = pairs.flatten(-2).type_as(x)
-        return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
+    pairs, free = x.split([n, x.shape[-1] - n], dim=-1)
+    pairs = pairs.unflatten(-1, (-1, 2))  # (B, H, T, M * pairs, 2)
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # the same in complex numbers, faster in eager mode: (a + ib) (cos + i sin)
+        pairs = torch.view_as_real(as_complex(pairs.to(table.dtype)) * torch.view_as_complex(table))
+    pairs = pairs.flatten(-2).type_as(x)
+    return torch.cat([pairs, free], dim=-1) if free.shape[-1] else pairs
 
 
 # What makes it fast and safe
 
 
-def product(z, w):
-    """(a + ib) (cos + i sin), for z and w (..., 2): as complex numbers, or as real ones, which compilers can fuse."""
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return torch.view_as_real(as_complex(z.to(w.dtype)) * torch.view_as_complex(w))
-    (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
-    if torch.compiler.is_compiling() and z.device.type == "cpu":
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    iz = torch.stack([-b, a], dim=-1)  # cos z + sin iz takes fewer instructions on a GPU
-    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * iz
-
-
 def as_complex(z):
     """View z (..., 2) as complex numbers (...); copy it only if torch.view_as_complex refuses its strides or offset."""
-    odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
+    odd = z.stride(-1) != 1 or any(n % 2 for n in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 
 
-def check(rope, x, pos):
-    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+def check(rope, pos, *tensors):
+    """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
     H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
-    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
-    B, _, T, _ = x.shape
-    if tuple(pos.shape) not in ((T, M), (B, T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
+    for x in tensors:
+        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
+    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = AxialRoPE(head_dim=64, num_heads=6)
-    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    R, R_ = rope.rotation(p), rope.rotation(p_)
     print(rope)
-    print(f"orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-    print(f"equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+    print(f"orthogonal:   |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")

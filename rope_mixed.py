@@ -1,32 +1,46 @@
 """Mixed RoPE: each pair of channels turns along a direction of its own, which is learned (Heo et al. 2024).
 
-    rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer; 14 x 14 patches in training
-    q, k = rope(q, k, pos)                               # q, k (B, H, T, D); pos (T, 2): x, y of each token
+RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. In an image, the
+position is a vector p = (x, y), and so is a frequency w: the angle becomes w . p = w_x x + w_y y.
 
-Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
-every pair of channels of its query and key by an angle that is linear in p:
+    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
+    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
+    q, k = MixedRoPE(head_dim=64, num_heads=6, grid=14)(q, k, pos)  # one module for each attention layer
 
-    R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)    w . p = w_x x + w_y y    rot(a) = [[cos a, -sin a], [sin a, cos a]]
+A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
+p has its query and its key multiplied by
 
-    orthogonal     R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
-    equivariant    R(p)^T R(q) = R(q - p) for all positions p, q: scores ignore a shift of all positions
-    oblique        a pair can respond to a direction that is not along an axis
+    R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
 
-What turns which channels (head_dim = 7; leftover channels come last, unrotated):
+rot(a) is exp(a J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
+once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
+
+    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    orthogonal           R(p)^T R(p) = I: norms are kept
+    equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
+    oblique              a pair can respond to a direction that is not along an axis
+
+Every equivariant R(p) = exp(x A_x + y A_y) is Mixed RoPE in another basis of the channels (van de Geijn et al. 2025,
+proposition 2). Axial RoPE is the case where each w_x or w_y is 0.
+
+Channel layout (head_dim = 7; pairs are neighbours, not halves as in rotate_half; leftover channels come last):
 
     channel   0   1   2   3   4   5   6
              |w_0 . p|w_1 . p|w_2 . p|free
 
-No equivariant R(p) = exp(x A_x + y A_y) is more general: each is Mixed RoPE in another basis (van de Geijn et al. 2025,
-proposition 2, arXiv 2511.08368). Axial RoPE is the case where w_x or w_y is 0. Frequencies, in radians per unit of
-position, are learned for each head, axis and pair; exempt freqs from weight decay. They start as
+Frequencies w are learned for each head and pair, in radians per unit of position; exempt freqs from weight decay. They
+start as
 
-    heo        for each head two orthogonal directions, turned at random; the d-th pair along either direction has the
-               frequency theta^(-4d / D) radians per patch, times (grid - 1) / (2 pi) patches per unit of position
+    heo        for each head two orthogonal directions, turned at random; the d-th pair along either one has the length
+               |w| = theta^(-4d / D) radians per patch, times (grid - 1) / (2 pi) patches per unit of position
     uniform    U[0, 1), as in van de Geijn et al.
 
-With M = pos_dim axes there are M directions, and theta^(-2Md / D) radians per patch. Source: arXiv 2403.13298.
-This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
+grid is the patches per side of a training image, and None if positions count patches, as in RoPE-ViT. With pos_dim=M
+there are M axes, M directions, and |w| = theta^(-2Md / D).
+
+Source: arXiv 2403.13298; proposition 2: arXiv 2511.08368. This file stands alone, needs torch 2.3 or newer, and is part
+of "Rotary position encodings for vision" (MIT License).
 """
 
 import math
@@ -40,58 +54,71 @@ class MixedRoPE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, init="heo", theta=10.0, grid=8, pos_dim=2):
         super().__init__()
-        pairs = head_dim // 2
-        if pairs < 1:
+        if head_dim < 2:
             raise ValueError(f"head_dim must be at least 2, got {head_dim}")
         if init not in ("heo", "uniform"):
             raise ValueError(f"init must be 'heo' or 'uniform', got {init!r}")
-        if theta <= 0:
+        if not 0 < theta < math.inf:
             raise ValueError(f"theta must be above 0, got {theta}")
+        if init == "uniform" and theta != 10:
+            raise ValueError("theta is for init='heo': leave it out")
+        if grid is not None and not grid >= 1:
+            raise ValueError(f"grid must be at least 1, or None if positions count patches, got {grid}")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
         self.init, self.theta, self.grid = init, theta, grid
-        freqs = torch.rand(num_heads, pos_dim, pairs)  # init="uniform"
-        if init == "heo":
-            directions = torch.randn(num_heads, pos_dim, pos_dim, dtype=torch.float32)
-            basis, upper = torch.linalg.qr(directions)  # columns: a head's directions
-            basis *= upper.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else QR would choose the signs
-            basis[..., -1] *= torch.linalg.det(basis).sign()[:, None]  # turned, not mirrored
-            d = torch.arange(pairs)
-            along = math.ceil(pairs / pos_dim)  # pairs along each direction
-            magnitude = theta ** (-2 * pos_dim * (d % along) / head_dim) * (grid - 1) / (2 * math.pi)
-            freqs = basis[..., d // along] * magnitude
-        self.freqs = nn.Parameter(freqs)
+        self.freqs = nn.Parameter(torch.empty(num_heads, pos_dim, head_dim // 2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Draw the frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        if self.init == "uniform":
+            self.freqs.uniform_()
+            return
+        H, M, pairs = self.freqs.shape
+        angle = 2 * math.pi * torch.rand(H, M, M, dtype=torch.float64, device="cpu").tril(-1)
+        directions = torch.matrix_exp(angle - angle.mT)  # as columns; [[cos a, -sin a], [sin a, cos a]] if M = 2
+        d = torch.arange(pairs, device="cpu")
+        along = math.ceil(pairs / M)  # pairs along each direction
+        freqs = directions[..., d // along] * self.theta ** (-2 * M * (d % along) / self.head_dim)  # radians per patch
+        if self.grid is not None:
+            freqs *= (self.grid - 1) / (2 * math.pi)
+        if hasattr(self.freqs, "placements"):  # sharded by FSDP2
+            from torch.distributed.tensor import distribute_tensor
+
+            freqs = distribute_tensor(freqs, self.freqs.device_mesh, self.freqs.placements)
+        self.freqs.copy_(freqs)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
         H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
-        check(self, k, pos)
-        table = self.table(q, pos)
+        check(self, pos, q, k)
+        table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
         """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
-        return turn(x, self.table(x, pos))
+        check(self, pos, x)
+        return turn(x, self.table(pos, x.dtype))
 
-    def table(self, x, pos):
+    def table(self, pos, dtype):
         """Cosine and sine of each pair's angle w . p: (num_heads, T, pairs, 2) or (B, num_heads, T, pairs, 2)."""
-        check(self, x, pos)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         angle = (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)  # w . p
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def rotation(self, pos):
         """R(p) itself, float64 if pos is: pos (T, M) or (B, T, M) -> (num_heads, T, D, D), or (B, ...)."""
-        if pos.dim() == 3:
-            return torch.stack([self.rotation(p) for p in pos])
-        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
-        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
-        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
+        p, dtype = pos.flatten(0, -2), torch.promote_types(pos.dtype, torch.float32)
+        basis = torch.eye(self.head_dim, dtype=dtype, device=pos.device)[:, None, None]  # e_0, e_1, ...
+        R = self.rotate(basis.expand(-1, self.num_heads, len(p), -1), p).permute(1, 2, 3, 0)  # column i is R e_i
+        return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
-        options = f"init={self.init!r}, theta={self.theta:g}, grid={self.grid}"
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
+        kind = f"theta={self.theta:g}, grid={self.grid}" if self.init == "heo" else "init='uniform'"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
 
 
 def turn(x, table):
@@ -99,47 +126,40 @@ def turn(x, table):
     if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
     n = 2 * table.shape[-2]
-    pairs = x[..., :n].unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
-    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
-        pairs = product(pairs, table)  # a cos - b sin, a sin + b cos
-        pairs = pairs.flatten(-2).type_as(x)
-        return torch.cat([pairs, x[..., n:]], dim=-1) if n < x.shape[-1] else pairs
+    pairs, free = x.split([n, x.shape[-1] - n], dim=-1)
+    pairs = pairs.unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # the same in complex numbers, faster in eager mode: (a + ib) (cos + i sin)
+        pairs = torch.view_as_real(as_complex(pairs.to(table.dtype)) * torch.view_as_complex(table))
+    pairs = pairs.flatten(-2).type_as(x)
+    return torch.cat([pairs, free], dim=-1) if free.shape[-1] else pairs
 
 
 # What makes it fast and safe
 
 
-def product(z, w):
-    """(a + ib) (cos + i sin), for z and w (..., 2): as complex numbers, or as real ones, which compilers can fuse."""
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        return torch.view_as_real(as_complex(z.to(w.dtype)) * torch.view_as_complex(w))
-    (a, b), (cos, sin) = z.unbind(-1), w.unbind(-1)
-    if torch.compiler.is_compiling() and z.device.type == "cpu":
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    iz = torch.stack([-b, a], dim=-1)  # cos z + sin iz takes fewer instructions on a GPU
-    return torch.stack([cos, cos], dim=-1) * z + torch.stack([sin, sin], dim=-1) * iz
-
-
 def as_complex(z):
     """View z (..., 2) as complex numbers (...); copy it only if torch.view_as_complex refuses its strides or offset."""
-    odd = z.stride(-1) != 1 or any(place % 2 for place in (z.storage_offset(), *z.stride()[:-1]))
+    odd = z.stride(-1) != 1 or any(n % 2 for n in (z.storage_offset(), *z.stride()[:-1]))
     return torch.view_as_complex(z.clone(memory_format=torch.contiguous_format) if odd else z)
 
 
-def check(rope, x, pos):
-    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+def check(rope, pos, *tensors):
+    """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
     H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
-    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
-    B, _, T, _ = x.shape
-    if tuple(pos.shape) not in ((T, M), (B, T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
+    for x in tensors:
+        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
+    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = MixedRoPE(head_dim=64, num_heads=6)
-    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    R, R_ = rope.rotation(p), rope.rotation(p_)
     print(rope)
-    print(f"orthogonal:   |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-    print(f"equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+    print(f"orthogonal:   |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")

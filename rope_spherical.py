@@ -1,11 +1,16 @@
 """Spherical RoPE: each triplet of channels turns on a sphere (van de Geijn et al. 2025, section 4 and appendix F).
 
-    rope = SphericalRoPE(head_dim=63, num_heads=6)  # one for each attention layer
-    q, k = rope(q, k, pos)                          # q, k (B, H, T, D); pos (T, 2): x, y of each token
+RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. Here three channels
+make two turns: with y the last two, then with x the first two. They share a channel, so that order matters, and
+equivariance is lost. That is the purpose: to test whether vision needs it, beside Mixed RoPE, which has it.
 
-Positions span [-pi, pi] along each side of a training image, and more in a larger image. A token at p = (x, y) turns
-each triplet (a, b, c) of its query and key as a vector in space, first by a roll proportional to y, then by a yaw
-proportional to x:
+    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
+    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
+    q, k = SphericalRoPE(head_dim=64, num_heads=6)(q, k, pos)  # one module for each attention layer
+
+A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
+p = (x, y) has its query and its key multiplied by
 
     R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
@@ -13,14 +18,16 @@ proportional to x:
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
               [  0       0    1]                [0  sin t   cos t]
 
-Roll and yaw share the coordinate b, so their order matters. This gives up equivariance on purpose.
+yaw(u) = exp(u J_x) and roll(t) = exp(t J_y) for two skew-symmetric matrices that do not commute. The score of a query q
+at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    orthogonal         R(p)^T R(p) = I and R(0) = I: norms are kept, and tokens at 0 (class token, padding) do not turn
-    not equivariant    R(p)^T R(q) = roll(-v y_p) yaw(w (x_q - x_p)) roll(v y_q) does not depend on q - p alone:
-                       scores ignore a shift of all positions along x, but not along y (unless w = 0 or v = 0)
-    oblique            a triplet mixes x and y, and can respond to a direction that is not along an axis
+    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    orthogonal           R(p)^T R(p) = I: norms are kept
+    not equivariant      R(p)^T R(p') = roll(-v y) yaw(w (x' - x)) roll(v y') is not R(p' - p): scores ignore a shift of
+                         all positions along x, but not along y (unless v = 0 or w = 0)
+    oblique              a triplet mixes x and y, and can respond to a direction that is not along an axis
 
-What turns which channels (head_dim = 7; leftover channels come last, unrotated):
+Channel layout (head_dim = 7; triplets are neighbours; leftover channels come last):
 
     channel   0   1   2   3   4   5   6
     yaw, x   | w_0 x |   | w_1 x |  free
@@ -28,12 +35,14 @@ What turns which channels (head_dim = 7; leftover channels come last, unrotated)
 
 Frequencies w, v are in radians per unit of position:
 
-    fixed      w_d = v_d = theta^(-2d / D), D = head_dim, the same for all heads
+    fixed      w_d = v_d = theta^(-2d / D), d = 0, 1, ..., with D = head_dim: the same for all heads
     learned    one for each head, axis and triplet, initialised from U[0, 1); exempt freqs from weight decay
 
-Source: arXiv 2511.08368. (The caption of its figure 2 has the other order; its equations have this one.)
-This file stands alone. It is part of "Rotary position encodings for vision" (MIT License).
+Source: arXiv 2511.08368, whose equations have this order of roll and yaw (the caption of its figure 2 has the other).
+This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings for vision" (MIT License).
 """
+
+import math
 
 import torch
 from torch import nn
@@ -42,36 +51,44 @@ from torch import nn
 class SphericalRoPE(nn.Module):
     """Rotates queries and keys on spheres, by yaw and roll. head_dim must be at least 3; positions are (x, y)."""
 
-    pos_dim = 2
-
-    def __init__(self, head_dim, num_heads, *, learned=False, theta=100.0):
+    def __init__(self, head_dim, num_heads, *, learned=False, theta=100.0, pos_dim=2):
         super().__init__()
-        self.triplets = head_dim // 3
-        if self.triplets < 1:
+        if head_dim < 3:
             raise ValueError(f"head_dim must be at least 3, got {head_dim}")
-        if theta <= 0:
+        if pos_dim != 2:
+            raise ValueError(f"a sphere has two dimensions: pos_dim must be 2, got {pos_dim}")
+        if not 0 < theta < math.inf:
             raise ValueError(f"theta must be above 0, got {theta}")
-        self.head_dim, self.num_heads, self.learned, self.theta = head_dim, num_heads, learned, theta
+        if learned and theta != 100:
+            raise ValueError("theta is for fixed frequencies: leave it out with learned=True")
+        self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
+        self.learned, self.theta, self.triplets = learned, theta, head_dim // 3
         if learned:
-            self.freqs = nn.Parameter(torch.rand(num_heads, 2, self.triplets))
+            self.freqs = nn.Parameter(torch.empty(num_heads, 2, self.triplets))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw learned frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        if self.learned:
+            nn.init.uniform_(self.freqs)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
         H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
         """
-        check(self, k, pos)
-        table = self.table(q, pos)
+        check(self, pos, q, k)
+        table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
         return turn(q, table), turn(k, table)
 
     def rotate(self, x, pos):
         """Rotate queries or keys x (B, H, T, D) alone: for cross-attention, or a cache of keys."""
-        return turn(x, self.table(x, pos))
+        check(self, pos, x)
+        return turn(x, self.table(pos, x.dtype))
 
-    def table(self, x, pos):
+    def table(self, pos, dtype):
         """Cosine and sine of yaw and roll, u = w x and t = v y: (1 or num_heads, T, 2, triplets, 2), or (B, ...)."""
-        check(self, x, pos)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         w = self.frequencies(dtype, pos.device)
         angle = pos.to(dtype)[..., None, :, :, None] * w[:, None]
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -85,69 +102,51 @@ class SphericalRoPE(nn.Module):
 
     def rotation(self, pos):
         """R(p) itself, float64 if pos is: pos (T, 2) or (B, T, 2) -> (num_heads, T, D, D), or (B, ...)."""
-        if pos.dim() == 3:
-            return torch.stack([self.rotation(p) for p in pos])
-        basis = torch.eye(self.head_dim, dtype=torch.promote_types(pos.dtype, torch.float32), device=pos.device)
-        basis = basis[:, None, None].expand(-1, self.num_heads, len(pos), -1)  # e_i, for each head and token
-        return self.rotate(basis, pos).permute(1, 2, 3, 0)  # column i is R e_i
+        p, dtype = pos.flatten(0, -2), torch.promote_types(pos.dtype, torch.float32)
+        basis = torch.eye(self.head_dim, dtype=dtype, device=pos.device)[:, None, None]  # e_0, e_1, ...
+        R = self.rotate(basis.expand(-1, self.num_heads, len(p), -1), p).permute(1, 2, 3, 0)  # column i is R e_i
+        return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, theta={self.theta:g}, learned={self.learned}"
+        kind = "learned=True" if self.learned else f"theta={self.theta:g}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
 
 
 def turn(x, table):
-    """Turn each triplet (a, b, c) of x (B, H, T, D) by the table's roll, then by its yaw."""
+    """Turn each triplet (a, b, c) of x (B, H, T, D), first by roll(t), then by yaw(u)."""
     if 1 < table.shape[-5] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-5], dim=-5)
-    yaw, roll = table.unbind(-3)
     n = 3 * table.shape[-2]
-    triplets = x[..., :n].to(table.dtype).unflatten(-1, (-1, 3))  # (B, H, T, triplets, 3)
-    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and x.device.type != "cpu"):
-        triplets = turn_at_once(triplets, yaw, roll)
-    else:
-        a, b, c = triplets.unbind(-1)
-        b, c = turn_plane(b, c, roll)
-        a, b = turn_plane(a, b, yaw)
-        triplets = torch.stack([a, b, c], dim=-1)
-    triplets = triplets.flatten(-2).type_as(x)
-    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
-        return torch.cat([triplets, x[..., n:]], dim=-1) if n < x.shape[-1] else triplets
-
-
-def turn_plane(a, b, table):
-    """Turn the vectors (a, b) by the angle whose cosine and sine are in the table (..., 2)."""
+    triplets, free = x.split([n, x.shape[-1] - n], dim=-1)
+    triplets = triplets.unflatten(-1, (-1, 3))  # (B, H, T, triplets, 3)
+    u, t = table.unbind(-3)
     if torch.compiler.is_compiling():
-        cos, sin = table.unbind(-1)
-        return a * cos - b * sin, a * sin + b * cos
-    z = torch.complex(a, b) * torch.view_as_complex(table)  # the same, faster in eager mode
-    return z.real, z.imag
+        (a, b, c), (cos_u, sin_u), (cos_t, sin_t) = triplets.unbind(-1), u.unbind(-1), t.unbind(-1)
+        b, c = b * cos_t - c * sin_t, b * sin_t + c * cos_t  # roll
+        a, b = a * cos_u - b * sin_u, a * sin_u + b * cos_u  # yaw
+    else:  # the same in complex numbers, faster in eager mode: (b + ic) (cos t + i sin t), and so on
+        a, b, c = triplets.to(table.dtype).unbind(-1)
+        bc = torch.complex(b, c) * torch.view_as_complex(t)
+        ab = torch.complex(a, bc.real) * torch.view_as_complex(u)
+        a, b, c = ab.real, ab.imag, bc.imag
+    triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
+    return torch.cat([triplets, free], dim=-1) if free.shape[-1] else triplets
 
 
-# What makes it fast and safe
-
-
-def turn_at_once(z, yaw, roll):
-    """R z for R = yaw(u) roll(t), by its diagonals R_k[i] = R[i, (i + k) % 3]: fewer instructions on a GPU."""
-    (cu, su), (ct, st) = yaw.unbind(-1), roll.unbind(-1)
-    R = cu, cu * ct, ct, -su * ct, -cu * st, torch.zeros_like(cu), su * st, su, st
-    R0, R1, R2 = torch.stack(R, dim=-1).unflatten(-1, (3, 3)).unbind(-2)
-    return R0 * z + R1 * z.roll(-1, dims=-1) + R2 * z.roll(-2, dims=-1)
-
-
-def check(rope, x, pos):
-    """Raise a ValueError that names the expected shapes, unless x and pos have them."""
+def check(rope, pos, *tensors):
+    """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
     H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
-    if x.dim() != 4 or x.shape[1] % H or x.shape[3] != D:
-        raise ValueError(f"q and k must be (B, a multiple of {H}, T, {D}), got {tuple(x.shape)}")
-    B, _, T, _ = x.shape
-    if tuple(pos.shape) not in ((T, M), (B, T, M)):
-        raise ValueError(f"pos must be {(T, M)} or {(B, T, M)}, got {tuple(pos.shape)}")
+    for x in tensors:
+        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, q = 3 * torch.randn(2, 100, 2, dtype=torch.float64)
+    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = SphericalRoPE(head_dim=64, num_heads=6)
-    Rp, Rq = rope.rotation(p), rope.rotation(q)
+    R, R_ = rope.rotation(p), rope.rotation(p_)
     print(rope)
-    print(f"orthogonal:       |R(p)^T R(p) - I|        = {(Rp.mT @ Rp - torch.eye(64)).abs().max():.0e}")
-    print(f"not equivariant:  |R(p)^T R(q) - R(q - p)| = {(Rp.mT @ Rq - rope.rotation(q - p)).abs().max():.0e}")
+    print(f"orthogonal:       |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
+    print(f"not equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROTARY
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from comrope import ComRoPE
@@ -101,13 +105,31 @@ def test_each_token_is_multiplied_by_the_rotation_of_its_own_position(name):
 
 @every_encoding
 @pytest.mark.parametrize("dtype", [float64, float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_dtype_is_kept_and_angles_are_precise(name, dtype, autocast):
-    rope = make(name).to(float32 if autocast else dtype)
+def test_dtype_is_kept_and_angles_are_precise(name, dtype):
+    rope = make(name).to(dtype)
     q, k, pos = inputs(name, dtype=dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    assert_exact(rope(q, k, pos), name, rope, q, k, pos)
+
+
+@every_encoding
+@pytest.mark.parametrize("dtype", [float64, float32, torch.bfloat16])
+def test_autocast_leaves_angles_precise(name, dtype):
+    rope = make(name).to(float32)
+    q, k, pos = inputs(name, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
         turned = rope(q, k, pos)
     assert_exact(turned, name, rope, q, k, pos)
+
+
+@every_encoding
+def test_q_and_k_are_each_rotated_in_their_own_precision(name):
+    rope, (q, k, pos) = make(name), inputs(name)
+    for low in torch.bfloat16, float32:
+        for a, b in (q.to(low), k), (q, k.to(low)):
+            for got, z in zip(rope(a, b, pos), (a, b), strict=True):
+                want = rope.rotate(z.double(), pos)
+                close(got.double(), want, rtol=torch.finfo(z.dtype).eps, atol=1e-12 if z.dtype == float64 else 1e-4)
+                assert got.dtype == z.dtype
 
 
 @every_encoding
@@ -157,7 +179,6 @@ def test_one_graph_serves_all_image_sizes_and_positions(name, graph):
 @pytest.mark.filterwarnings("ignore")
 @every_encoding
 def test_a_trace_has_the_gradients_of_eager_mode(name):
-    """Axial, mixed and spherical RoPE are traced in the form that is compiled for a GPU."""
     rope, (_, k, pos) = make(name, head_dim=D + 1), inputs(name)
     q, k = torch.randn(2, 2 * H, T, D + 1, dtype=float64), torch.randn(2, H, T, D + 1, dtype=float64)
     leaves = q.requires_grad_(), k.requires_grad_(), *rope.parameters()
@@ -176,6 +197,40 @@ def test_another_dtype_and_new_parameters_take_effect_at_once(name):
     torch.manual_seed(1)
     rope.load_state_dict(VARIANTS[name](D, H).state_dict())
     assert_exact(rope(*double), name, rope, *double)
+
+
+@every_encoding
+def test_reset_parameters_draws_what_the_constructor_draws(name):
+    """transformers' from_pretrained and FSDP2 build modules on the meta device, and leave memory as they find it."""
+    torch.manual_seed(0)
+    want = VARIANTS[name](D, H).state_dict()
+    with torch.device("meta"):
+        rope = VARIANTS[name](D, H)
+    rope = rope.to_empty(device="cpu")
+    for p in rope.parameters():
+        p.data.fill_(math.nan)
+    torch.manual_seed(0)
+    if want:
+        rope.reset_parameters()
+    close(rope.state_dict(), want, atol=0)
+
+
+@pytest.fixture
+def mesh():
+    """This process as a group of one, which FSDP2 can shard modules over."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if list(make(name).parameters())])
+def test_reset_parameters_draws_parameters_that_fsdp2_has_sharded(name, mesh):
+    with torch.device("meta"):
+        rope = fully_shard(VARIANTS[name](D, H), mesh=mesh)
+    rope.to_empty(device="cpu").reset_parameters()
+    q, k, pos = inputs(name, dtype=float32)
+    assert all(0.1 < p.full_tensor().abs().max() < 10 for p in rope.parameters())
+    close(rope(q, k, pos)[0].norm(dim=-1), q.norm(dim=-1), atol=1e-4)
 
 
 @every_encoding
@@ -228,6 +283,8 @@ def test_any_strides_and_empty_batches(name):
     for batch, tokens in (0, T), (2, 0), (0, 0):
         q, k, pos = inputs(name, tokens, batch=batch)
         assert make(name)(q, k, pos)[0].shape == q.shape
+        assert make(name)(q, k, pos.expand(batch, -1, -1))[0].shape == q.shape
+        assert make(name).rotation(pos.expand(batch, -1, -1)).shape == (batch, H, tokens, D, D)
     rope = make(name).to(memory_format=torch.channels_last)
     close(rope.rotation(pos), make(name).rotation(pos))
 
@@ -263,6 +320,15 @@ def test_export_with_dynamic_batch_and_tokens(name):
     close(exported(q, k, pos)[0], rope(q, k, pos)[0])
 
 
+@pytest.mark.parametrize("name", ["axial-learned", "mixed", "spherical", "liere", "comrope-ld"])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_graph_of_operators_can_be_recorded(name, mode):
+    rope, (q, k, pos) = make(name), inputs(name)
+    run = make_fx(partial(torch.func.functional_call, rope), tracing_mode=mode)
+    state = {name: p.detach() for name, p in rope.named_parameters()}
+    close(run(state, (q, k, pos))(state, (q, k, 3 * pos))[0], rope(q, k, 3 * pos)[0])
+
+
 @every_encoding
 def test_runs_without_values(name):
     """On the meta device and with fake tensors, which tools use to infer shapes."""
@@ -275,16 +341,40 @@ def test_runs_without_values(name):
 
 
 @every_encoding
-def test_wrong_shapes_are_refused_with_the_right_one(name):
+def test_wrong_shapes_are_refused(name):
     rope, (q, k, pos) = make(name), inputs(name)
-    longer, single, wide = torch.randn(2, H, T, D + 1), q[:, :1], pos.repeat(1, 2)
-    calls = [((q, longer, pos), longer, D), ((single, single, pos), single, H), ((q, k, wide), wide, pos.shape[-1])]
-    # a class token forgotten, one position for all, a dimension too many
-    calls += [((q, k, pos), pos, T) for pos in (positions(name, T + 1), positions(name, 1), positions(name, 2, 1, T))]
-    calls.append(((q, k, positions(name, 3, T)), positions(name, 3, T), 2))  # another number of images
-    for arguments, wrong, right in calls:
-        with pytest.raises(ValueError, match=rf"must be .*\b{right}\b.*, got .*{', '.join(map(str, wrong.shape))}"):
+    longer, single = torch.randn(2, H, T, D + 1), q[:, :1]
+    calls = [((q, longer, pos), longer), ((single, single, pos), single), ((q[0], k[0], pos), q[0])]
+    # a class token forgotten, one position for all, a dimension too many, another number of images
+    shapes = (T + 1,), (1,), (2, 1, T), (3, T)
+    calls += [((q, k, pos), pos) for pos in (pos.repeat(1, 2), *(positions(name, *shape) for shape in shapes))]
+    for arguments, wrong in calls:
+        with pytest.raises(ValueError, match=rf"must be .* got .*\({', '.join(map(str, wrong.shape))}\)"):
             rope(*arguments)
+
+
+@pytest.mark.parametrize("encoding", CLASSES)
+def test_the_error_of_a_wrong_shape_names_the_layout(encoding):
+    rope, pos = encoding(D, H), torch.randn(T, 2)
+    for q, right in (
+        ((2, T, H, D), "pos"),
+        ((2, 2 * H, H, D), f"{(H, 2)} or {(2, H, 2)}"),
+        ((T, D), "(T, 2) or (B, T, 2)"),
+    ):
+        says = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos"
+        with pytest.raises(ValueError) as error:
+            rope.rotate(torch.randn(q), pos)
+        assert all(part in str(error.value) for part in (says, right, f"got {q} and {(T, 2)}"))
+
+
+@pytest.mark.parametrize("encoding", CLASSES)
+def test_the_lines_of_use_in_a_docstring_run_as_they_stand(encoding):
+    usage = re.search(r"(?:^    (?!R\().* = .*\n)+", inspect.getmodule(encoding).__doc__, re.MULTILINE)[0]
+    assert usage.count("\n") == 4
+    names = {"torch": torch, encoding.__name__: encoding}
+    exec(inspect.cleandoc(usage), names)
+    assert names["q"].shape == names["k"].shape == (8, 6, 196, 64)
+    assert names["pos"][0].tolist() == pytest.approx([-math.pi, -math.pi]) and names["pos"][1, 0] > names["pos"][0, 0]
 
 
 def test_a_file_copied_alone_works_and_shows_its_property(tmp_path):
@@ -423,17 +513,23 @@ def test_mixed_begins_with_two_orthogonal_directions_per_head_and_falling_magnit
         (SphericalRoPE, 2, {}, "at least 3"),
         (MixedRoPE, 1, {}, "at least 2"),
         (MixedRoPE, 8, {"init": "heo2"}, "'heo' or 'uniform', got 'heo2'"),
-        *((LieRE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5)),
-        *((ComRoPE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5)),
+        *((LieRE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5, 8.0)),
+        *((ComRoPE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5, 8.0)),
         *(
             (rope, 8, {"theta": t}, f"above 0, got {t}")
             for rope in (AxialRoPE, MixedRoPE, SphericalRoPE)
-            for t in (0, -1)
+            for t in (0, -1, math.nan, math.inf)
         ),
+        *((MixedRoPE, 8, {"grid": g}, f"grid must be at least 1, or None .*, got {g}") for g in (0, -5, math.nan)),
+        (MixedRoPE, 8, {"init": "uniform", "theta": 20}, "theta is for init='heo'"),
+        (SphericalRoPE, 8, {"learned": True, "theta": 20}, "theta is for fixed frequencies"),
+        *((AxialRoPE, 8, {kind: True, "theta": 20}, "choose one") for kind in ("learned", "uniform")),
+        (SphericalRoPE, 8, {"pos_dim": 3}, "pos_dim must be 2, got 3"),
+        (AxialRoPE, 8, {"pos_dim": 0}, "pos_dim"),
         (ComRoPE, 15, {"kind": "ap"}, r"at least pos_dim \* block_size = 16 for 'ap', got 15"),
         (ComRoPE, 8, {"kind": "apd"}, "'ap' or 'ld', got 'apd'"),
         (AxialRoPE, 3, {}, r"at least 2 \* pos_dim = 4"),
-        (AxialRoPE, 8, {"learned": True, "uniform": True}, "not both"),
+        (AxialRoPE, 8, {"learned": True, "uniform": True}, "choose one"),
     ],
 )
 def test_wrong_options_are_refused_with_the_right_ones(encoding, head_dim, options, says):
