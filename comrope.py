@@ -93,15 +93,13 @@ class ComRoPE(nn.Module):
     def block_rotations(self, pos, dtype):
         """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
         dtype = torch.promote_types(dtype, torch.float32)
-        p, P, theta = pos.flatten(0, -2).to(dtype), self.blocks.to(dtype), self.factors(dtype)
+        p, P, theta = pos.to(dtype), self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT  # (H, K, b, b)
         with no_autocast(pos):
             if is_constant(pos):  # the same in fewer exponentials, faster in eager mode
-                R = shared_exponentials(p, theta, B)
-            else:
-                S = torch.einsum("nm,mk,hkij->hnkij", p, theta, B)  # c B
-                R = skew_exp(S)  # torch.matrix_exp(S), twice as fast
-        return R.unflatten(1, pos.shape[:-1]).movedim(0, -5)
+                return shared_exponentials(p, theta, B)
+            S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, B)  # c B
+            return skew_exp(S)  # torch.matrix_exp(S), twice as fast
 
     def factors(self, dtype):
         """theta (M, K): learned for ld, 1 at each block's axis for ap."""
@@ -137,15 +135,15 @@ def turn(x, R):
 
 
 def shared_exponentials(p, theta, B):
-    """exp(theta_x x B) exp(theta_y y B), (H, N, K, b, b), from one exponential for each distinct |x| or |y|."""
+    """exp(theta_x x B) exp(theta_y y B), from one exponential for each distinct |x| or |y|: a grid has few."""
     size, index = p.abs().unique(return_inverse=True)
     E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", size, theta, B))
     E = torch.cat([E, E.mT], dim=2)  # exp(-S) = exp(S)^T
     index = index + len(size) * (p < 0)
-    R = E[0].index_select(1, index[:, 0])
-    for m in range(1, p.shape[1]):
-        R = R @ E[m].index_select(1, index[:, m])
-    return R
+    R = E[0].index_select(1, index[..., 0].flatten())
+    for m in range(1, p.shape[-1]):
+        R = R @ E[m].index_select(1, index[..., m].flatten())
+    return R.unflatten(1, p.shape[:-1]).movedim(0, -5)
 
 
 def skew_exp(S):
@@ -159,7 +157,7 @@ def skew_exp(S):
     S2 = S @ S
     norm = (S2.detach().norm(dim=(-2, -1), keepdim=True) / math.sqrt(2)).sqrt()
     good = norm <= 3200
-    largest = norm.where(good, 0).max().item() if norm.numel() and is_constant(norm) else 3200
+    largest = norm.where(good, 0).max().item() if is_constant(norm) and norm.numel() else 3200
     small = 0.008 if S.dtype == torch.float64 else 0.28  # small^7 / 7! is below rounding
     s = max(0, math.frexp(largest / small)[1])
     S, S2 = S.where(good, 0), S2.where(good, 0)

@@ -80,11 +80,12 @@ class LieRE(nn.Module):
         A = self.matrices(torch.promote_types(dtype, torch.float32))
         p, index = distinct(pos)
         with no_autocast(pos):
-            S = torch.einsum("nm,hmkij->hnkij", p.to(A.dtype), A)  # x A_x + y A_y
+            S = torch.einsum("...nm,hmkij->...hnkij", p.to(A.dtype), A)  # x A_x + y A_y
             R = skew_exp(S)  # torch.matrix_exp(S), twice as fast, with gradients 2 to 5 times
         if index is not None:
-            R = torch.cat([R, R.mT], dim=1).index_select(1, index)  # R(-p) = R(p)^T
-        return R.unflatten(1, pos.shape[:-1]).movedim(0, -5)
+            R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten())  # R(-p) = R(p)^T
+            R = R.unflatten(1, index.shape).movedim(0, -5)
+        return R
 
     def matrices(self, dtype=torch.float32):
         """A_m = U_m - U_m^T of each block: (H, M, K, b, b)."""
@@ -120,18 +121,17 @@ def turn(x, R):
 
 
 def distinct(pos):
-    """pos (..., M) -> its distinct positions up to sign, p (N, M), and each token's index: n for p[n], N + n for -p[n].
+    """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n].
 
     If pos is not constant, all positions count as distinct, and the index is None.
     """
-    p = pos.flatten(0, -2)
     if not is_constant(pos):
-        return p, None
-    p = p.where(p.isfinite(), math.inf)  # NaN cannot be sorted
-    sign = p.sign()
+        return pos, None
+    pos = pos.where(pos.isfinite(), math.inf)  # NaN cannot be sorted
+    sign = pos.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # that of the first nonzero coordinate
-    p, index = (p * sign).unique(dim=0, return_inverse=True)
-    return p, index + len(p) * (sign < 0).squeeze(-1)
+    p, index = (pos * sign).flatten(0, -2).unique(dim=0, return_inverse=True)
+    return p, index.view(pos.shape[:-1]) + len(p) * (sign < 0).squeeze(-1)
 
 
 def skew_exp(S):
@@ -145,7 +145,7 @@ def skew_exp(S):
     S2 = S @ S
     norm = (S2.detach().norm(dim=(-2, -1), keepdim=True) / math.sqrt(2)).sqrt()
     good = norm <= 3200
-    largest = norm.where(good, 0).max().item() if norm.numel() and is_constant(norm) else 3200
+    largest = norm.where(good, 0).max().item() if is_constant(norm) and norm.numel() else 3200
     small = 0.008 if S.dtype == torch.float64 else 0.28  # small^7 / 7! is below rounding
     s = max(0, math.frexp(largest / small)[1])
     S, S2 = S.where(good, 0), S2.where(good, 0)

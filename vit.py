@@ -26,9 +26,9 @@ from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 
 # A new encoding is one file and one line here. Its class is called once per layer with head_dim and num_heads and has
-# forward(q, k, pos), rotate(x, pos) and rotation(pos), like the others. Options are keyword-only; an option named grid
-# receives the patches per side. The file's docstring says whether it is equivariant, and the tests check that.
-# "none" and "ape" (a learned absolute embedding) leave q and k alone.
+# forward(q, k, pos), rotate(x, pos) and rotation(pos), like the others, and reset_parameters() if it learns something.
+# Options are keyword-only; an option named grid receives the patches per side. The file's docstring says whether it is
+# equivariant, and the tests check that. "none" and "ape" (a learned absolute embedding) leave q and k alone.
 ENCODINGS = {
     "none": None,
     "ape": None,
@@ -80,8 +80,14 @@ class ViT(nn.Module):
             raise ValueError(f"pe must be one of {', '.join(ENCODINGS)}, got {pe!r}")
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
-        if not isinstance(img_size, int) or img_size % patch_size:  # forward takes images that are not square
-            raise ValueError(f"img_size must be one number, a multiple of patch_size = {patch_size}, got {img_size}")
+        sizes = {"img_size": img_size, "patch_size": patch_size, "num_heads": num_heads, "head_dim": head_dim}
+        for name, size in sizes.items():  # one img_size, although forward takes images that are not square
+            if not hasattr(size, "__index__") or size < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {size}")
+        if img_size % patch_size:
+            raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         dim, self.grid, self.pos_scale = num_heads * head_dim, img_size // patch_size, pos_scale
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
@@ -110,7 +116,22 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(dim, num_classes)
-        self.apply(init_weights)
+        self.init_weights()
+
+    def reset_parameters(self):
+        """Draw all parameters anew, as the constructor does: for wrappers that build a model on the meta device."""
+        for module in list(self.modules())[1:]:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.init_weights()
+
+    def init_weights(self):
+        """What differs from torch's defaults, as in timm."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for p in self.cls_token, self.pos_embed:
             if p is not None:
                 nn.init.trunc_normal_(p, std=0.02)
@@ -162,7 +183,7 @@ class ViT(nn.Module):
 
     def interpolated_pos_embed(self, height, width):
         """The learned position embedding (1, T, dim), resampled to another grid as in timm."""
-        if not torch.compiler.is_exporting() and (height, width) == (self.grid, self.grid):
+        if not torch.compiler.is_compiling() and (height, width) == (self.grid, self.grid):
             return self.pos_embed
         prefix, grid = self.pos_embed[:, : self.num_prefix_tokens], self.pos_embed[:, self.num_prefix_tokens :]
         grid = grid.mT.unflatten(-1, (self.grid, self.grid))
@@ -238,7 +259,11 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim, init):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+        self.init, self.gamma = init, nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.gamma, self.init)
 
     def forward(self, x):
         return x * self.gamma
@@ -256,9 +281,3 @@ class DropPath(nn.Module):
             return x
         keep = 1 - self.rate
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-
-
-def init_weights(module):
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

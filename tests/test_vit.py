@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROTARY, small_vit
@@ -27,8 +28,11 @@ def test_takes_any_image_whose_sides_are_multiples_of_the_patch(pe, pool):
     [
         ({"pe": "rope"}, ValueError, "one of none, ape, axial, .*got 'rope'"),
         ({"pool": "max"}, ValueError, "'cls' or 'mean'"),
-        ({"patch_size": 5}, ValueError, "img_size must be one number, a multiple of patch_size = 5, got 32"),
-        ({"img_size": (32, 64)}, ValueError, r"one number, .* got \(32, 64\)"),
+        ({"patch_size": 5}, ValueError, "img_size must be a multiple of patch_size = 5, got 32"),
+        ({"img_size": (32, 64)}, ValueError, r"img_size must be a whole number, at least 1, got \(32, 64\)"),
+        *(({name: 0}, ValueError, f"{name} must be .* got 0") for name in ("img_size", "patch_size", "num_heads")),
+        *(({"drop_path": rate}, ValueError, f"below 1, got {rate}") for rate in (-0.1, 1.0, 2, math.nan)),
+        ({"pe": "mixed", "init": "uniform", "theta": 20}, ValueError, "theta is for init='heo'"),
         ({"head_dim": 2}, ValueError, "head_dim must be at least 3"),
         *(({"pe": pe, "drop_paht": 0.1}, TypeError, "drop_paht") for pe in ("none", "ape", "axial")),
     ],
@@ -153,10 +157,36 @@ def test_defaults_and_initialisation():
     assert torch.equal(vit.blocks[0].ls1.gamma, torch.full((360,), 1e-4))
 
 
+@pytest.mark.parametrize("options", [{}, {"pool": "mean", "layer_scale": 0.1}])
+@pytest.mark.parametrize("pe", ENCODINGS)
+def test_reset_parameters_draws_what_the_constructor_draws(pe, options):
+    def build():
+        torch.manual_seed(0)
+        return ViT(pe, depth=2, num_heads=2, head_dim=24, **options)
+
+    want = build().state_dict()
+    with torch.device("meta"):
+        vit = build()
+    vit.to_empty(device="cpu")
+    for p in vit.parameters():
+        p.data.fill_(math.nan)
+    torch.manual_seed(0)
+    vit.reset_parameters()
+    torch.testing.assert_close(vit.state_dict(), want, rtol=0, atol=0)
+
+
+def test_sizes_may_be_integers_of_numpy():
+    sizes = {"img_size": 32, "patch_size": 4, "depth": 1, "num_heads": 2, "head_dim": 24, "block_size": 8}
+    vit = ViT("liere", **{name: np.int64(size) for name, size in sizes.items()})
+    assert vit(IMAGES).shape == (2, 100)
+
+
 def test_options_reach_the_encoding_of_every_layer(float64):
     pos = torch.randn(9, 2)
     for block in small_vit("axial", theta=10.0).blocks:
         assert torch.equal(block.attn.rope.rotation(pos), ENCODINGS["axial"](24, 2, theta=10.0).rotation(pos))
+    a, b = (block.attn.rope.freqs for block in small_vit("mixed", init="uniform").blocks)  # as in the paper
+    assert a.min() >= 0 and a.max() < 1 and not torch.equal(a, b)
     a, b = (block.attn.rope.freqs for block in small_vit("mixed", img_size=56).blocks)  # 14 patches a side
     assert a.norm(dim=1).max().item() == pytest.approx(13 / (2 * math.pi), rel=1e-5) and not torch.equal(a, b)
 
