@@ -33,7 +33,8 @@ def test_the_exponential_of_a_skew_symmetric_matrix_is_a_rotation():
     torch.testing.assert_close(torch.matrix_exp(a * QUARTER_TURN), pair)
 
 
-# Commutators: R(p)^T R(q) = R(q - p) where the generators commute, and only there
+# Commutators: R(p)^T R(q) = R(q - p), which ComRoPE's paper calls the RoPE Equation, where the generators commute, and
+# only there
 
 
 def commutator(rope):
