@@ -1,45 +1,47 @@
-"""ComRoPE: matrix exponentials that commute, and so are equivariant (Yu et al. 2025, equations 8 and 10).
+"""ComRoPE: equivariant rotations by matrix exponentials that commute (Yu et al. 2025, equations 8 and 10).
 
-RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. ComRoPE has
-a larger skew-symmetric matrix B in place of J, which is learned and turns a block of channels at once.
+RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. ComRoPE
+replaces J with a larger, learned skew-symmetric matrix B, which turns a block of channels at once.
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
-    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
-    q, k = ComRoPE(head_dim=64, num_heads=6, kind="ld")(q, k, pos)  # one module for each attention layer
+    x = torch.linspace(-torch.pi, torch.pi, 14)          # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)            # (T, 2): x, y of each patch, row by row
+    rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
+    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
-p = (x, y) has each block of b = block_size channels of its query and its key multiplied by exp(c B), c a number:
+Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
+
+A token at p = (x, y) has each block of b = block_size channels of its query and its key multiplied by exp(c B):
 
     R(p) = diag(exp(c_0 B_0), exp(c_1 B_1), ...)      B_j = P_j - P_j^T, P_j learned for each head
 
-There are two kinds. (theta is a factor here; in the other files it is a base of frequencies.)
+There are two kinds of numbers c (theta is a factor here, not the base of frequencies that it is in other encodings):
 
     ld    linearly dependent: c_j = theta_xj x + theta_yj y, theta learned and shared by the heads
     ap    axial partition: c_0 = x, c_1 = y, c_2 = x, and so on
 
 The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', which its paper calls the RoPE Equation: multiples
-                         of one matrix commute, and so scores ignore a shift of all positions
+    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', the paper's RoPE Equation: multiples of one matrix
+                         commute, and so scores ignore a shift of all positions
     oblique              ld: a block can respond to a direction that is not along an axis; ap: it knows one axis only
 
-Channel layout (head_dim = 9, block_size = 4; leftover channels come last):
+Channel layout (head_dim = 9, block_size = 4; free channels do not turn):
 
     channel   0   1   2   3   4   5   6   7   8
              | exp(c_0 B_0)  | exp(c_1 B_1)  |free
 
-ComRoPE is Mixed RoPE in a learned basis: exp(c B) = Q diag(rot(c l_0), rot(c l_1), ...) Q^T. W_q and W_k can absorb Q,
-and the b/2 pairs of a block share a direction (ld: in all heads), so it can express less, but may train differently.
+ComRoPE is Mixed RoPE in a learned basis, exp(c B) = Q diag(rot(c l_0), rot(c l_1), ...) Q^T, where the projections of q
+and k can absorb Q, and pairs of a block share a direction, in all heads. It can express less, but may train otherwise.
 
-P is initialised from N(0, 1 / (2 pi)^2), theta from N(0, 1); exempt blocks and theta from weight decay. To fine-tune a
-model that was trained without ComRoPE, start with R = I: nn.init.zeros_(rope.blocks). pos_dim=M makes it M axes.
+Parameters are blocks, P (num_heads, D // b, b, b) from N(0, 1 / (2 pi)^2), and theta (M, D // b) from N(0, 1). Exempt
+both from weight decay. pos_dim=M gives M axes, of which block j of ap has axis j mod M. To fine-tune a model that was
+trained without ComRoPE, start with R = I: rope.blocks.data.zero_().
 
-For the backward pass, all steps of one exponential per distinct coordinate (compiled: per token) are kept in memory;
-torch.utils.checkpoint saves it. Compiled under autocast, exponentials have bfloat16 gradients unless you set
-torch._functorch.config.backward_pass_autocast = "off".
+The backward pass needs all steps of one exponential per axis and distinct |coordinate| (compiled: per token);
+torch.utils.checkpoint trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless
+you set torch._functorch.config.backward_pass_autocast = "off".
 
 Source: arXiv 2506.03737. This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings
 for vision" (MIT License).
@@ -58,6 +60,8 @@ class ComRoPE(nn.Module):
     def __init__(self, head_dim, num_heads, *, kind="ld", block_size=8, pos_dim=2):
         super().__init__()
         b = block_size
+        if min(num_heads, pos_dim) < 1:
+            raise ValueError(f"num_heads and pos_dim must be at least 1, got {num_heads} and {pos_dim}")
         if kind not in ("ap", "ld"):
             raise ValueError(f"kind must be 'ap' or 'ld', got {kind!r}")
         if not hasattr(b, "__index__") or not 2 <= b <= head_dim:
@@ -71,7 +75,7 @@ class ComRoPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw blocks and theta anew, also when transformers or FSDP2 have left them uninitialised."""
+        """Draw blocks and theta anew: transformers' from_pretrained and FSDP2's to_empty leave them uninitialised."""
         nn.init.normal_(self.blocks, std=1 / (2 * math.pi))
         if self.kind == "ld":
             nn.init.normal_(self.theta)
@@ -79,7 +83,8 @@ class ComRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
+        H is a multiple of num_heads: each R(p) turns H / num_heads consecutive heads. With grouped-query attention,
+        num_heads is the number of key heads.
         """
         check(self, pos, q, k)
         R = self.block_rotations(pos, torch.promote_types(q.dtype, k.dtype))
@@ -96,10 +101,11 @@ class ComRoPE(nn.Module):
         p, P, theta = pos.to(dtype), self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT  # (H, K, b, b)
         with no_autocast(pos):
-            if is_constant(pos):  # the same in fewer exponentials, faster in eager mode
-                return shared_exponentials(p, theta, B)
-            S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, B)  # c B
-            return skew_exp(S)  # torch.matrix_exp(S), twice as fast
+            R = shared_exponentials(p, theta, B)  # the same in fewer exponentials, for positions on a grid
+            if R is None:
+                S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, B)  # c B
+                R = skew_exp(S)  # torch.matrix_exp(S.contiguous()), but about twice as fast
+        return R
 
     def factors(self, dtype):
         """theta (M, K): learned for ld, 1 at each block's axis for ap."""
@@ -116,7 +122,7 @@ class ComRoPE(nn.Module):
         return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
-        options = f"kind={self.kind!r}, block_size={self.block_size}"
+        options = f"kind={self.kind!r}, block_size={self.block_size}, pos_dim={self.pos_dim}"
         return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
 
 
@@ -135,13 +141,20 @@ def turn(x, R):
 
 
 def shared_exponentials(p, theta, B):
-    """exp(theta_x x B) exp(theta_y y B), from one exponential for each distinct |x| or |y|: a grid has few."""
-    size, index = p.abs().unique(return_inverse=True)
+    """exp(theta_x x B) exp(theta_y y B), from one exponential for each axis and distinct |x| or |y|: a grid has few.
+
+    None if that would not be fewer than one for each token, or if p is not constant.
+    """
+    if not is_constant(p):
+        return None
+    M, (size, index) = p.shape[-1], p.abs().unique(return_inverse=True)
+    if M * len(size) >= p[..., 0].numel():
+        return None
     E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", size, theta, B))
     E = torch.cat([E, E.mT], dim=2)  # exp(-S) = exp(S)^T
     index = index + len(size) * (p < 0)
     R = E[0].index_select(1, index[..., 0].flatten())
-    for m in range(1, p.shape[-1]):
+    for m in range(1, M):
         R = R @ E[m].index_select(1, index[..., m].flatten())
     return R.unflatten(1, p.shape[:-1]).movedim(0, -5)
 
@@ -161,17 +174,17 @@ def skew_exp(S):
     small = 0.008 if S.dtype == torch.float64 else 0.28  # small^7 / 7! is below rounding
     s = max(0, math.frexp(largest / small)[1])
     S, S2 = S.where(good, 0), S2.where(good, 0)
-    c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
+    t = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     S3 = S2 @ S
-    X = c[1] * S + c[2] * S2 + S3 @ (c[3] * eye + c[4] * S + c[5] * S2 + c[6] * S3)
+    X = t[1] * S + t[2] * S2 + S3 @ (t[3] * eye + t[4] * S + t[5] * S2 + t[6] * S3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
     return (X + eye).where(good, math.nan)
 
 
 def is_constant(x):
-    """Whether x has no derivatives, and values that Python can read: not if compiled, traced, in vmap, fake or meta."""
+    """Whether x has no derivatives, and values that Python can read. Not if compiled, traced, in vmap, fake or meta."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or unpack_dual(x).tangent is not None:
         return False
     try:
@@ -192,14 +205,14 @@ def check(rope, pos, *tensors):
         B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
         if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
             expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
-            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
+            raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, p_ = torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
+    p, p2 = torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     for kind in "ap", "ld":
         rope = ComRoPE(head_dim=64, num_heads=6, kind=kind)
-        R, R_ = rope.rotation(p), rope.rotation(p_)
+        R, R2 = rope.rotation(p), rope.rotation(p2)
         print(rope)
         print(f"  orthogonal:   |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
-        print(f"  equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")
+        print(f"  equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R2 - rope.rotation(p2 - p)).abs().max():.0e}")

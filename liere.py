@@ -1,37 +1,39 @@
-"""LieRE: learned rotations of a head's channels, or of blocks of them, by matrix exponentials (Ostmeier et al. 2024).
+"""LieRE: learned rotations of channels by matrix exponentials (Ostmeier et al. 2024).
 
-RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. LieRE takes
-the exponential of a larger skew-symmetric matrix, which turns many channels at once, and learns that matrix.
+RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. LieRE learns
+a larger skew-symmetric matrix, whose exponential turns many channels at once: a block of them, or the whole head.
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
-    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
-    q, k = LieRE(head_dim=64, num_heads=6, block_size=8)(q, k, pos)  # one module for each attention layer
+    x = torch.linspace(-torch.pi, torch.pi, 14)           # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)             # (T, 2): x, y of each patch, row by row
+    rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
+    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)      # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
-p = (x, y) has its query and its key multiplied by
+Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
+
+A token at p = (x, y) has its query and its key multiplied by
 
     R(p) = exp(x A_x + y A_y)      A_m = U_m - U_m^T, U_m strictly upper triangular and learned for each head, m = x, y
 
 The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    not equivariant      R(p)^T R(p') = R(p' - p) for all p and p' if and only if A_x and A_y commute; blocks of 2 do,
+    not equivariant      R(p)^T R(p') = R(p' - p) for all p and p' if and only if A_x and A_y commute: blocks of 2 do,
                          larger ones generically not
-    oblique              a block mixes x and y, and can respond to a direction that is not along an axis
+    oblique              a block can respond to a direction that is not along an axis
 
-Channel layout (head_dim = 9, block_size = 4: A_m consists of such blocks; leftover channels come last):
+Channel layout (head_dim = 9, block_size = 4: A_m is block-diagonal; free channels do not turn):
 
     channel   0   1   2   3   4   5   6   7   8
              | first block   | second block  |free
 
-With blocks of 2, LieRE is Mixed RoPE. If A_x and A_y commute, it is Mixed RoPE in another basis of the channels, and
-so, in one dimension, is any LieRE (van de Geijn et al. 2025, propositions 1 and 2, arXiv 2511.08368). Entries of U
-start uniform in [0, 1), in radians per unit of position; exempt generators from weight decay. pos_dim=M gives M axes.
+With blocks of 2, LieRE is Mixed RoPE. If A_x and A_y commute, it is Mixed RoPE in another basis of the channels; in one
+dimension, that is always so (van de Geijn et al. 2025, propositions 1 and 2, arXiv 2511.08368). The parameter is
+generators, the entries of U row by row, drawn from U[0, 1), in radians per unit of position. Exempt it from weight
+decay. pos_dim=M gives M axes.
 
-For the backward pass, all steps of one exponential per distinct position (compiled: per token) are kept in memory;
-torch.utils.checkpoint saves it. Compiled under autocast, exponentials have bfloat16 gradients unless you set
+The backward pass needs all steps of one exponential per distinct +-p (compiled: per token); torch.utils.checkpoint
+trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless you set
 torch._functorch.config.backward_pass_autocast = "off".
 
 Source: arXiv 2406.10322. This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings
@@ -50,21 +52,24 @@ class LieRE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, block_size=None, pos_dim=2):
         super().__init__()
+        if min(num_heads, pos_dim) < 1:
+            raise ValueError(f"num_heads and pos_dim must be at least 1, got {num_heads} and {pos_dim}")
         b = head_dim if block_size is None else block_size
         if not hasattr(b, "__index__") or not 2 <= b <= head_dim:
             raise ValueError(f"block_size must be a whole number from 2 to head_dim = {head_dim}, got {b}")
         self.head_dim, self.num_heads, self.pos_dim, self.block_size = head_dim, num_heads, pos_dim, b
-        self.generators = nn.Parameter(torch.empty(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # U, by rows
+        self.generators = nn.Parameter(torch.empty(num_heads, pos_dim, head_dim // b, b * (b - 1) // 2))  # of U
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw the generators anew, also when transformers or FSDP2 have left them uninitialised."""
+        """Draw generators anew: transformers' from_pretrained and FSDP2's to_empty leave them uninitialised."""
         nn.init.uniform_(self.generators)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
+        H is a multiple of num_heads: each R(p) turns H / num_heads consecutive heads. With grouped-query attention,
+        num_heads is the number of key heads.
         """
         check(self, pos, q, k)
         R = self.block_rotations(pos, torch.promote_types(q.dtype, k.dtype))
@@ -81,7 +86,7 @@ class LieRE(nn.Module):
         p, index = distinct(pos)
         with no_autocast(pos):
             S = torch.einsum("...nm,hmkij->...hnkij", p.to(A.dtype), A)  # x A_x + y A_y
-            R = skew_exp(S)  # torch.matrix_exp(S), twice as fast, with gradients 2 to 5 times
+            R = skew_exp(S)  # torch.matrix_exp(S.contiguous()), but 2 to 5 times as fast with gradients
         if index is not None:
             R = torch.cat([R, R.mT], dim=1).index_select(1, index.flatten())  # R(-p) = R(p)^T
             R = R.unflatten(1, index.shape).movedim(0, -5)
@@ -103,7 +108,8 @@ class LieRE(nn.Module):
         return R.unflatten(1, pos.shape[:-1]).movedim(0, -4)
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, block_size={self.block_size}"
+        options = f"block_size={self.block_size}, pos_dim={self.pos_dim}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {options}"
 
 
 def turn(x, R):
@@ -127,7 +133,7 @@ def distinct(pos):
     """
     if not is_constant(pos):
         return pos, None
-    pos = pos.where(pos.isfinite(), math.inf)  # NaN cannot be sorted
+    pos = pos.where(pos.isfinite(), math.inf)  # NaN has no place in an order
     sign = pos.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # that of the first nonzero coordinate
     p, index = (pos * sign).flatten(0, -2).unique(dim=0, return_inverse=True)
@@ -149,17 +155,17 @@ def skew_exp(S):
     small = 0.008 if S.dtype == torch.float64 else 0.28  # small^7 / 7! is below rounding
     s = max(0, math.frexp(largest / small)[1])
     S, S2 = S.where(good, 0), S2.where(good, 0)
-    c = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
+    t = [2.0 ** (-s * k) / math.factorial(k) for k in range(7)]
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     S3 = S2 @ S
-    X = c[1] * S + c[2] * S2 + S3 @ (c[3] * eye + c[4] * S + c[5] * S2 + c[6] * S3)
+    X = t[1] * S + t[2] * S2 + S3 @ (t[3] * eye + t[4] * S + t[5] * S2 + t[6] * S3)
     for _ in range(s):
         X = X @ (X + 2 * eye)
     return (X + eye).where(good, math.nan)
 
 
 def is_constant(x):
-    """Whether x has no derivatives, and values that Python can read: not if compiled, traced, in vmap, fake or meta."""
+    """Whether x has no derivatives, and values that Python can read. Not if compiled, traced, in vmap, fake or meta."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or unpack_dual(x).tangent is not None:
         return False
     try:
@@ -180,14 +186,14 @@ def check(rope, pos, *tensors):
         B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
         if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
             expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
-            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
+            raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, p_ = torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
+    p, p2 = torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     for block_size in 8, 2:
         rope = LieRE(head_dim=64, num_heads=6, block_size=block_size)
-        R, R_ = rope.rotation(p), rope.rotation(p_)
+        R, R2 = rope.rotation(p), rope.rotation(p2)
         print(rope)
         print(f"  orthogonal:    |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
-        print(f"  equivariant?   |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")
+        print(f"  equivariant?   |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R2 - rope.rotation(p2 - p)).abs().max():.0e}")

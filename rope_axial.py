@@ -3,34 +3,35 @@
 RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. In an image, half of
 the pairs turn with x and the other half with y:
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
-    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
-    q, k = AxialRoPE(head_dim=64, num_heads=6)(q, k, pos)  # one module for each attention layer
+    x = torch.linspace(-torch.pi, torch.pi, 14)       # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)         # (T, 2): x, y of each patch, row by row
+    rope = AxialRoPE(head_dim=64, num_heads=6)        # one for each attention layer
+    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
-p = (x, y) has its query and its key multiplied by
+Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
 
-    R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
+A token at p = (x, y) has its query and its key multiplied by
 
-rot(a) is exp(a J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
+    R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(t) = [[cos t, -sin t], [sin t, cos t]]
+
+rot(t) is exp(t J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
 once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
     equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
     not oblique          a pair knows one axis only, and so a score is f(x' - x) + g(y' - y)
 
-Channel layout (head_dim = 10; pairs are neighbours, not halves as in rotate_half; leftover channels come last):
+Channel layout (head_dim = 10; pairs are neighbours, not halves as in rotate_half; free channels do not turn):
 
     channel   0   1   2   3   4   5   6   7   8   9
              | w_0 x | w_1 x | w_0 y | w_1 y |  free |
 
 Frequencies w are in radians per unit of position:
 
-    fixed      w_d = theta^(-2d / D), d = 0, 1, ..., with D = head_dim: the same for all heads and axes
+    fixed      w_d = theta^(-2d / D), d = 0, 1, ..., D // 4 - 1, D = head_dim: the same for all heads and axes
     uniform    w_d = 1: one turn across the training image
-    learned    one for each head, axis and pair, initialised from U[0, 1); exempt freqs from weight decay
+    learned    one for each head, axis and pair, drawn from U[0, 1); exempt freqs from weight decay
 
 RoPE-ViT's encoding is AxialRoPE(theta=100**2) with positions that count patches: its fastest pair turns by 1 radian per
 patch. Here that is 0.48 if training images have 14 patches per side, and 0.1 for 64. pos_dim=M gives M axes.
@@ -50,10 +51,12 @@ class AxialRoPE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, learned=False, uniform=False, theta=100.0, pos_dim=2):
         super().__init__()
-        if not 2 <= 2 * pos_dim <= head_dim:
+        if min(num_heads, pos_dim) < 1:
+            raise ValueError(f"num_heads and pos_dim must be at least 1, got {num_heads} and {pos_dim}")
+        if head_dim < 2 * pos_dim:
             raise ValueError(f"head_dim must be at least 2 * pos_dim = {2 * pos_dim}, got {head_dim}")
         if not 0 < theta < math.inf:
-            raise ValueError(f"theta must be above 0, got {theta}")
+            raise ValueError(f"theta must be above 0 and finite, got {theta}")
         if [learned, uniform, theta != 100].count(True) > 1:
             raise ValueError("frequencies are learned=True, uniform=True or from theta: choose one")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
@@ -64,14 +67,15 @@ class AxialRoPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw learned frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        """Draw freqs anew: transformers' from_pretrained and FSDP2's to_empty leave them uninitialised."""
         if self.learned:
             nn.init.uniform_(self.freqs)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
+        H is a multiple of num_heads: each R(p) turns H / num_heads consecutive heads. With grouped-query attention,
+        num_heads is the number of key heads.
         """
         check(self, pos, q, k)
         table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
@@ -90,7 +94,7 @@ class AxialRoPE(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w (1 or num_heads, M, pairs). The fixed ones are not stored: no cast can round them."""
+        """w (1 or num_heads, M, pairs). Fixed ones are not stored, so no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.pairs, dtype=dtype, device=device)
@@ -106,7 +110,7 @@ class AxialRoPE(nn.Module):
 
     def extra_repr(self):
         kind = "learned=True" if self.learned else "uniform=True" if self.uniform else f"theta={self.theta:g}"
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, pos_dim={self.pos_dim}, {kind}"
 
 
 def turn(x, table):
@@ -141,13 +145,13 @@ def check(rope, pos, *tensors):
         B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
         if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
             expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
-            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
+            raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
+    p, p2 = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = AxialRoPE(head_dim=64, num_heads=6)
-    R, R_ = rope.rotation(p), rope.rotation(p_)
+    R, R2 = rope.rotation(p), rope.rotation(p2)
     print(rope)
     print(f"orthogonal:   |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
-    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R2 - rope.rotation(p2 - p)).abs().max():.0e}")

@@ -1,22 +1,23 @@
 """Mixed RoPE: each pair of channels turns along a direction of its own, which is learned (Heo et al. 2024).
 
 RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. In an image, the
-position is a vector p = (x, y), and so is a frequency w: the angle becomes w . p = w_x x + w_y y.
+position is a vector p = (x, y), as is each frequency w: the angle becomes w . p = w_x x + w_y y.
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
-    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
-    q, k = MixedRoPE(head_dim=64, num_heads=6, grid=14)(q, k, pos)  # one module for each attention layer
+    x = torch.linspace(-torch.pi, torch.pi, 14)          # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)            # (T, 2): x, y of each patch, row by row
+    rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer
+    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
-p has its query and its key multiplied by
+Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
 
-    R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)     rot(a) = [[cos a, -sin a], [sin a, cos a]]
+A token at p has its query and its key multiplied by
 
-rot(a) is exp(a J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
+    R(p) = diag(rot(w_0 . p), rot(w_1 . p), ...)     rot(t) = [[cos t, -sin t], [sin t, cos t]]
+
+rot(t) is exp(t J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
 once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
     equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
     oblique              a pair can respond to a direction that is not along an axis
@@ -24,20 +25,19 @@ once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 Every equivariant R(p) = exp(x A_x + y A_y) is Mixed RoPE in another basis of the channels (van de Geijn et al. 2025,
 proposition 2). Axial RoPE is the case where each w_x or w_y is 0.
 
-Channel layout (head_dim = 7; pairs are neighbours, not halves as in rotate_half; leftover channels come last):
+Channel layout (head_dim = 7; pairs are neighbours, not halves as in rotate_half; free channels do not turn):
 
     channel   0   1   2   3   4   5   6
              |w_0 . p|w_1 . p|w_2 . p|free
 
-Frequencies w are learned for each head and pair, in radians per unit of position; exempt freqs from weight decay. They
-start as
+Frequencies w, in radians per unit of position, are learned for each head and pair. They start as
 
-    heo        for each head two orthogonal directions, turned at random; the d-th pair along either one has the length
+    heo        two orthogonal directions per head, turned at random; along either, pair d = 0, 1, ... has
                |w| = theta^(-4d / D) radians per patch, times (grid - 1) / (2 pi) patches per unit of position
     uniform    U[0, 1), as in van de Geijn et al.
 
-grid is the patches per side of a training image, and None if positions count patches, as in RoPE-ViT. With pos_dim=M
-there are M axes, M directions, and |w| = theta^(-2Md / D).
+grid is the number of patches per side of a training image, or None if positions count patches, as in RoPE-ViT. Exempt
+freqs from weight decay. pos_dim=M gives M axes, M directions, and |w| = theta^(-2Md / D).
 
 Source: arXiv 2403.13298; proposition 2: arXiv 2511.08368. This file stands alone, needs torch 2.3 or newer, and is part
 of "Rotary position encodings for vision" (MIT License).
@@ -54,15 +54,17 @@ class MixedRoPE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, init="heo", theta=10.0, grid=8, pos_dim=2):
         super().__init__()
+        if min(num_heads, pos_dim) < 1:
+            raise ValueError(f"num_heads and pos_dim must be at least 1, got {num_heads} and {pos_dim}")
         if head_dim < 2:
             raise ValueError(f"head_dim must be at least 2, got {head_dim}")
         if init not in ("heo", "uniform"):
             raise ValueError(f"init must be 'heo' or 'uniform', got {init!r}")
         if not 0 < theta < math.inf:
-            raise ValueError(f"theta must be above 0, got {theta}")
+            raise ValueError(f"theta must be above 0 and finite, got {theta}")
         if init == "uniform" and theta != 10:
             raise ValueError("theta is for init='heo': leave it out")
-        if grid is not None and not grid >= 1:
+        if grid is not None and not 1 <= grid < math.inf:
             raise ValueError(f"grid must be at least 1, or None if positions count patches, got {grid}")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
         self.init, self.theta, self.grid = init, theta, grid
@@ -71,7 +73,7 @@ class MixedRoPE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Draw the frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        """Draw freqs anew: transformers' from_pretrained and FSDP2's to_empty leave them uninitialised."""
         if self.init == "uniform":
             self.freqs.uniform_()
             return
@@ -92,7 +94,8 @@ class MixedRoPE(nn.Module):
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, M) or (B, T, M) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
+        H is a multiple of num_heads: each R(p) turns H / num_heads consecutive heads. With grouped-query attention,
+        num_heads is the number of key heads.
         """
         check(self, pos, q, k)
         table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
@@ -118,7 +121,7 @@ class MixedRoPE(nn.Module):
 
     def extra_repr(self):
         kind = f"theta={self.theta:g}, grid={self.grid}" if self.init == "heo" else "init='uniform'"
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, pos_dim={self.pos_dim}, {kind}"
 
 
 def turn(x, table):
@@ -153,13 +156,13 @@ def check(rope, pos, *tensors):
         B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
         if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
             expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
-            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
+            raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
+    p, p2 = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = MixedRoPE(head_dim=64, num_heads=6)
-    R, R_ = rope.rotation(p), rope.rotation(p_)
+    R, R2 = rope.rotation(p), rope.rotation(p2)
     print(rope)
     print(f"orthogonal:   |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
-    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")
+    print(f"equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R2 - rope.rotation(p2 - p)).abs().max():.0e}")

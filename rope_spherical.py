@@ -1,16 +1,17 @@
 """Spherical RoPE: each triplet of channels turns on a sphere (van de Geijn et al. 2025, section 4 and appendix F).
 
-RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. Here three channels
-make two turns: with y the last two, then with x the first two. They share a channel, so that order matters, and
-equivariance is lost. That is the purpose: to test whether vision needs it, beside Mixed RoPE, which has it.
+RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. Here each triplet
+turns twice: its last two channels with y, then its first two with x. The turns share a channel, so their order matters,
+and equivariance is lost. It is Mixed RoPE's counterpart without it, made to test whether vision needs equivariance.
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches spans [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
-    q, k = torch.randn(2, 8, 6, 196, 64)         # (B, H, T, D); transpose (B, T, H, D) first
-    q, k = SphericalRoPE(head_dim=64, num_heads=6)(q, k, pos)  # one module for each attention layer
+    x = torch.linspace(-torch.pi, torch.pi, 14)       # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)         # (T, 2): x, y of each patch, row by row
+    rope = SphericalRoPE(head_dim=64, num_heads=6)    # one for each attention layer
+    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-A larger image keeps the scale: P patches span [-P/14 pi, P/14 pi]. A token at
-p = (x, y) has its query and its key multiplied by
+Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
+
+A token at p = (x, y) has its query and its key multiplied by
 
     R(p) = diag(yaw(w_0 x) roll(v_0 y), yaw(w_1 x) roll(v_1 y), ...)
 
@@ -18,16 +19,16 @@ p = (x, y) has its query and its key multiplied by
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
               [  0       0    1]                [0  sin t   cos t]
 
-yaw(u) = exp(u J_x) and roll(t) = exp(t J_y) for two skew-symmetric matrices that do not commute. The score of a query q
-at p and a key k at p' is q^T R(p)^T R(p') k. R is
+Both are exponentials: where RoPE's rot(t) is exp(t J), J = [[0, -1], [1, 0]], roll(t) and yaw(u) have two larger
+skew-symmetric matrices, which do not commute. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
-    the identity at 0    R(0) = I: tokens there (class token, padding) do not turn
+    the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    not equivariant      R(p)^T R(p') = roll(-v y) yaw(w (x' - x)) roll(v y') is not R(p' - p): scores ignore a shift of
+    not equivariant      in each triplet R(p)^T R(p') = roll(-v y) yaw(w (x' - x)) roll(v y'): scores ignore a shift of
                          all positions along x, but not along y (unless v = 0 or w = 0)
-    oblique              a triplet mixes x and y, and can respond to a direction that is not along an axis
+    oblique              a triplet can respond to a direction that is not along an axis
 
-Channel layout (head_dim = 7; triplets are neighbours; leftover channels come last):
+Channel layout (head_dim = 7; triplets are neighbours; free channels do not turn):
 
     channel   0   1   2   3   4   5   6
     yaw, x   | w_0 x |   | w_1 x |  free
@@ -35,8 +36,8 @@ Channel layout (head_dim = 7; triplets are neighbours; leftover channels come la
 
 Frequencies w, v are in radians per unit of position:
 
-    fixed      w_d = v_d = theta^(-2d / D), d = 0, 1, ..., with D = head_dim: the same for all heads
-    learned    one for each head, axis and triplet, initialised from U[0, 1); exempt freqs from weight decay
+    fixed      w_d = v_d = theta^(-2d / D), d = 0, 1, ..., D // 3 - 1, D = head_dim: the same for all heads
+    learned    one for each head, axis and triplet, drawn from U[0, 1); exempt freqs from weight decay
 
 Source: arXiv 2511.08368, whose equations have this order of roll and yaw (the caption of its figure 2 has the other).
 This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings for vision" (MIT License).
@@ -53,12 +54,12 @@ class SphericalRoPE(nn.Module):
 
     def __init__(self, head_dim, num_heads, *, learned=False, theta=100.0, pos_dim=2):
         super().__init__()
-        if head_dim < 3:
-            raise ValueError(f"head_dim must be at least 3, got {head_dim}")
+        if head_dim < 3 or num_heads < 1:
+            raise ValueError(f"head_dim must be at least 3 and num_heads 1, got {head_dim} and {num_heads}")
         if pos_dim != 2:
             raise ValueError(f"a sphere has two dimensions: pos_dim must be 2, got {pos_dim}")
         if not 0 < theta < math.inf:
-            raise ValueError(f"theta must be above 0, got {theta}")
+            raise ValueError(f"theta must be above 0 and finite, got {theta}")
         if learned and theta != 100:
             raise ValueError("theta is for fixed frequencies: leave it out with learned=True")
         self.head_dim, self.num_heads, self.pos_dim = head_dim, num_heads, pos_dim
@@ -68,14 +69,15 @@ class SphericalRoPE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Draw learned frequencies anew, also when transformers or FSDP2 have left them uninitialised."""
+        """Draw freqs anew: transformers' from_pretrained and FSDP2's to_empty leave them uninitialised."""
         if self.learned:
             nn.init.uniform_(self.freqs)
 
     def forward(self, q, k, pos):
         """q, k (B, H, T, D) and pos (T, 2) or (B, T, 2) -> q, k rotated, of the same shapes and dtypes.
 
-        H is a multiple of num_heads (the number of key heads): each R(p) turns H / num_heads consecutive heads.
+        H is a multiple of num_heads: each R(p) turns H / num_heads consecutive heads. With grouped-query attention,
+        num_heads is the number of key heads.
         """
         check(self, pos, q, k)
         table = self.table(pos, torch.promote_types(q.dtype, k.dtype))
@@ -94,7 +96,7 @@ class SphericalRoPE(nn.Module):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w and v (1 or num_heads, 2, triplets). The fixed ones are not stored: no cast can round them."""
+        """w and v (1 or num_heads, 2, triplets). Fixed ones are not stored, so no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.triplets, dtype=dtype, device=device)
@@ -109,7 +111,7 @@ class SphericalRoPE(nn.Module):
 
     def extra_repr(self):
         kind = "learned=True" if self.learned else f"theta={self.theta:g}"
-        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, {kind}"
+        return f"head_dim={self.head_dim}, num_heads={self.num_heads}, pos_dim={self.pos_dim}, {kind}"
 
 
 def turn(x, table):
@@ -119,15 +121,15 @@ def turn(x, table):
     n = 3 * table.shape[-2]
     triplets, free = x.split([n, x.shape[-1] - n], dim=-1)
     triplets = triplets.unflatten(-1, (-1, 3))  # (B, H, T, triplets, 3)
-    u, t = table.unbind(-3)
+    yaw, roll = table.unbind(-3)
     if torch.compiler.is_compiling():
-        (a, b, c), (cos_u, sin_u), (cos_t, sin_t) = triplets.unbind(-1), u.unbind(-1), t.unbind(-1)
+        (a, b, c), (cos_u, sin_u), (cos_t, sin_t) = triplets.unbind(-1), yaw.unbind(-1), roll.unbind(-1)
         b, c = b * cos_t - c * sin_t, b * sin_t + c * cos_t  # roll
         a, b = a * cos_u - b * sin_u, a * sin_u + b * cos_u  # yaw
-    else:  # the same in complex numbers, faster in eager mode: (b + ic) (cos t + i sin t), and so on
+    else:  # the same in complex numbers, faster in eager mode: (b + ic) (cos t + i sin t), (a + ib) (cos u + i sin u)
         a, b, c = triplets.to(table.dtype).unbind(-1)
-        bc = torch.complex(b, c) * torch.view_as_complex(t)
-        ab = torch.complex(a, bc.real) * torch.view_as_complex(u)
+        bc = torch.complex(b, c) * torch.view_as_complex(roll)
+        ab = torch.complex(a, bc.real) * torch.view_as_complex(yaw)
         a, b, c = ab.real, ab.imag, bc.imag
     triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
     return torch.cat([triplets, free], dim=-1) if free.shape[-1] else triplets
@@ -140,13 +142,13 @@ def check(rope, pos, *tensors):
         B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
         if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
             expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
-            raise ValueError(f"q and k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
+            raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 
 if __name__ == "__main__":
-    p, p_ = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
+    p, p2 = 3 * torch.randn(2, 100, 2, dtype=torch.float64)  # p and p'
     rope = SphericalRoPE(head_dim=64, num_heads=6)
-    R, R_ = rope.rotation(p), rope.rotation(p_)
+    R, R2 = rope.rotation(p), rope.rotation(p2)
     print(rope)
     print(f"orthogonal:       |R(p)^T R(p) - I|          = {(R.mT @ R - torch.eye(64)).abs().max():.0e}")
-    print(f"not equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R_ - rope.rotation(p_ - p)).abs().max():.0e}")
+    print(f"not equivariant:  |R(p)^T R(p') - R(p' - p)| = {(R.mT @ R2 - rope.rotation(p2 - p)).abs().max():.0e}")

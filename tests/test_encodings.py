@@ -516,7 +516,7 @@ def test_mixed_begins_with_two_orthogonal_directions_per_head_and_falling_magnit
         *((LieRE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5, 8.0)),
         *((ComRoPE, 8, {"block_size": b}, f"from 2 to head_dim = 8, got {b}") for b in (1, 9, 4.5, 8.0)),
         *(
-            (rope, 8, {"theta": t}, f"above 0, got {t}")
+            (rope, 8, {"theta": t}, f"above 0 and finite, got {t}")
             for rope in (AxialRoPE, MixedRoPE, SphericalRoPE)
             for t in (0, -1, math.nan, math.inf)
         ),
@@ -525,7 +525,7 @@ def test_mixed_begins_with_two_orthogonal_directions_per_head_and_falling_magnit
         (SphericalRoPE, 8, {"learned": True, "theta": 20}, "theta is for fixed frequencies"),
         *((AxialRoPE, 8, {kind: True, "theta": 20}, "choose one") for kind in ("learned", "uniform")),
         (SphericalRoPE, 8, {"pos_dim": 3}, "pos_dim must be 2, got 3"),
-        (AxialRoPE, 8, {"pos_dim": 0}, "pos_dim"),
+        *((rope, 8, {"pos_dim": 0}, "at least 1, got 1 and 0") for rope in (AxialRoPE, MixedRoPE, LieRE, ComRoPE)),
         (ComRoPE, 15, {"kind": "ap"}, r"at least pos_dim \* block_size = 16 for 'ap', got 15"),
         (ComRoPE, 8, {"kind": "apd"}, "'ap' or 'ld', got 'apd'"),
         (AxialRoPE, 3, {}, r"at least 2 \* pos_dim = 4"),
@@ -535,3 +535,9 @@ def test_mixed_begins_with_two_orthogonal_directions_per_head_and_falling_magnit
 def test_wrong_options_are_refused_with_the_right_ones(encoding, head_dim, options, says):
     with pytest.raises(ValueError, match=says):
         encoding(head_dim, 1, **options)
+
+
+@pytest.mark.parametrize("encoding", CLASSES)
+def test_an_encoding_has_at_least_one_head(encoding):
+    with pytest.raises(ValueError, match=r"num_heads .* got .*\b0\b"):
+        encoding(8, 0)
