@@ -443,6 +443,8 @@ def formula(rope, pos, **options):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if isinstance(make(name), CLASSES)])
 def test_rotations_are_those_of_the_formula(name):
     rope, pos = make(name, head_dim=35), positions(name, T)  # of 35 channels, most groups leave some over
+    along_axes = torch.eye(pos.shape[-1], dtype=float64)
+    pos = torch.cat([pos, along_axes, -along_axes])
     R = rope.rotation(pos)
     close(R, formula(rope, pos, **OPTIONS[name]).expand_as(R))
 
