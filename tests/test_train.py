@@ -253,7 +253,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--pe axial --pe-options learned=1", "learned must be like False, not '1'"),
         ("--pe axial-learned --pe-options learned=False", "axial-learned means learned=True: leave learned out"),
         ("--pe comrope-ap --pe-options kind=ld", "comrope-ap means kind=ap: leave kind out, or choose another --pe"),
-        ("--pe liere --pe-options block_size=13", "block_size must be from 2 to head_dim = 12, got 13"),
+        ("--pe liere --pe-options block_size=13", "block_size must be a whole number from 2 to head_dim = 12, got 13"),
         ("--device gpu", "--device gpu cannot be used"),
         ("--device meta", "--device meta cannot be used"),
         ("--epochs 1" + "0" * 300, "--epochs: is too large"),
