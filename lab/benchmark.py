@@ -52,7 +52,7 @@ from lab.cli import Parser, add_device_flags, number, parse_options
 from lab.distributed import usable_device
 from lab.environment import environment
 from lab.errors import UserError, one_line_errors, user_errors
-from lab.files import write_json
+from lab.files import read_json, write_json
 from lab.imagenet import SUFFIXES, load
 from lab.lamb import LAMB
 from liere import LieRE
@@ -118,6 +118,8 @@ def parse_args(argv):
         parser.error(f"--img-size must be a multiple of --patch-size = {args.patch_size}, not {args.img_size}")
     if args.json and args.json.is_dir():
         parser.error(f"--json must be a file, not the folder {args.json}")
+    if args.json and args.json.exists() and "rows" not in read_json(args.json):
+        parser.error(f"{args.json} is not a file of lab.benchmark: choose another --json")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"there is no folder {args.json.parent}: create it, or choose another --json")
     args.parts = args.parts or list(PARTS)[:6]

@@ -4,19 +4,22 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from lab.distributed import LOCAL_WORLD_SIZE, WORLD_SIZE
 
+ROOT = Path(__file__).parents[1]
+
 
 def environment(device):
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or not a checkout
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None  # no git, not a checkout, or a copy inside another repository, whose commit says nothing
+    if (ROOT / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {"device": device_name(device), "torch": str(torch.__version__), "commit": commit, "command": command()}
 
 

@@ -10,6 +10,7 @@ Run folders stay in runs/, so that an interrupted run continues where it stopped
 """
 
 import csv
+import io
 import math
 import shlex
 import subprocess
@@ -138,12 +139,19 @@ def read(name):
     if not path.exists():
         return []
     try:
-        with open(path, newline="") as f:
-            rows = list(csv.DictReader(f))
+        with open(path, newline="", encoding="utf-8") as f:
+            text = f.read()
+        rows = list(csv.DictReader(io.StringIO(text)))
+        if not rows or not text.endswith("\n"):
+            raise ValueError("rows are missing")
         for row in rows:
             numbers = [float(cell) for column, cell in row.items() if column not in TEXT and cell]
-            if not row.get("accuracy") or not all(map(math.isfinite, numbers)):
-                raise ValueError("not a number")
+            if not all(map(math.isfinite, numbers)) or not 0 <= float(row.get("accuracy") or -1) <= 100:
+                raise ValueError(f"a row has the accuracy {row.get('accuracy')}, or a number that is not finite")
+            if row.get("pe") not in ENCODINGS:
+                raise ValueError(f"there is no encoding {row.get('pe')}")
+        if len({tuple(row.values()) for row in rows}) < len(rows):
+            raise ValueError("a row stands there twice")
     except ValueError as e:
         raise UserError(f"{path} is corrupt ({e}): restore it from a copy") from e
     return rows

@@ -95,11 +95,20 @@ def measured(name, column="accuracy", **flags):
     return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
 
 
+def benchmark(file):
+    """The rows of lab/results/<file>.json; none if there is no such file."""
+    path = RESULTS / f"{file}.json"
+    rows = read_json(path).get("rows")
+    if path.exists() and not rows:
+        raise UserError(f"{path} is corrupt (it has no rows): restore it from a copy")
+    return rows or []
+
+
 def cost(file, what, **sizes):
     """A function cell(pe): a ratio from lab.benchmark's lab/results/<file>.json, with quartiles if it is of times."""
 
     def cell(pe):
-        for row in read_json(RESULTS / f"{file}.json").get("rows", []):
+        for row in benchmark(file):
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
                 spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
@@ -182,7 +191,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
 
 def peers():
     """Rows that compare our encodings with other implementations."""
-    rows, found = read_json(RESULTS / "peers-cpu.json").get("rows", []), {}
+    rows, found = benchmark("peers-cpu"), {}
     for row in rows:
         found.setdefault((row["pe"], row["base"]), {})[row["what"]] = f"{row['ratio']:.2f}"
     titles = list(dict.fromkeys(row["what"] for row in rows))
@@ -289,16 +298,22 @@ OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corne
 
 def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
     """Write the tables into the pages, each between its marks."""
+    pages = {}
     for path in paths:
         text = path.read_text(encoding="utf-8")
         for name in re.findall("<!-- ([a-z0-9-]+) -->\n", text):
             start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
             before, _, rest = text.partition(start)
-            _, found, after = rest.partition(end)
+            old, found, after = rest.partition(end)
             if not found or name not in TABLES | OTHER_TABLES:
                 names = ", ".join(TABLES | OTHER_TABLES)
                 raise UserError(f"{path} has {start.strip()} without {end} after it, or its name is not in {names}")
-            text = before + start + table(name) + end + after
+            new = table(name)
+            if old.strip() and not new:
+                raise UserError(f"{path} would lose its table {name}: restore the rows in {RESULTS}")
+            text = before + start + new + end + after
+        pages[path] = text
+    for path, text in pages.items():
         with atomic_write(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
 

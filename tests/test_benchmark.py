@@ -172,6 +172,7 @@ def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
 
 def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
     Path("folder").mkdir()
+    Path("mine.json").write_text("{}")
     for why, *flags in (
         ("no part speed: choose from step, inference", "speed"),
         ("--pe", "--pe", "rope"),
@@ -180,6 +181,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("--repeats", "--repeats=1"),
         ("no folder nowhere", "--json=nowhere/costs.json"),
         ("folder", "step", "--pe", "none", "--json=folder"),
+        ("not a file of lab.benchmark", "--json=mine.json"),
         ("--device nowhere cannot be used", "--device=nowhere"),
         ("--device meta cannot be used", "--device=meta"),
         ("head_dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
