@@ -33,6 +33,7 @@ from lab import experiments, report
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
 from lab.files import atomic_write
+from lab.pictures import style
 from lab.run import differing, flag, read_of_run, read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
@@ -65,7 +66,7 @@ def main(argv=None):
     runs = read_runs(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
-        with matplotlib.rc_context(STYLE):
+        with style(**STYLE):
             figure = draw(runs) if runs else draw()
             path = args.out / f"{name}.{'gif' if isgenerator(figure) else 'png'}"
             if figure:

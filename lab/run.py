@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 
 from lab.checkpoint import from_bytes, give_back, not_finite, snapshot, to_bytes, unreadable
@@ -46,7 +47,12 @@ def save_checkpoint(folder, state, config, **about):
     with atomic_write(folder / "last.pt") as tmp:
         tmp.write_bytes(content)
     if state["log"]:
-        plot_curves(folder / "curves.png", "{pe} on {dataset}, seed {seed}".format(**config), state["log"])
+        try:
+            from lab.pictures import plot_curves  # here because matplotlib takes half a second
+
+            plot_curves(folder / "curves.png", "{pe} on {dataset}, seed {seed}".format(**config), state["log"])
+        except Exception as e:  # no run depends on its picture, nor on matplotlib
+            print(f"warning: {folder / 'curves.png'} could not be drawn: {first_line(e)}", file=sys.stderr)
 
 
 def load_checkpoint(folder, state, config):
@@ -127,23 +133,3 @@ def differing(a, b):
 
 def flag(name):
     return "the data set" if name == "data_set" else f"--{name.replace('_', '-')}"
-
-
-def plot_curves(path, title, log):
-    """Loss and accuracy over the epochs, a PNG."""
-    from matplotlib.figure import Figure  # here because it takes half a second
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in log]
-    left.plot(epochs, [row["train_loss"] for row in log], ".-", color="#0072b2")
-    right.plot(epochs, [row["train_accuracy"] for row in log], ".-", color="#999999", label="train")
-    right.plot(epochs, [row["test_accuracy"] for row in log], ".-", color="#d55e00", label="test")
-    for axes in left, right:
-        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
-    right.legend(frameon=False)
-    figure.suptitle(title)
-    with atomic_write(path) as tmp:
-        figure.savefig(tmp, format="png", dpi=120)

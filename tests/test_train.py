@@ -573,3 +573,24 @@ def test_accuracy_is_of_all_images_and_of_the_whole_model_without_a_graph():
     model.train().register_forward_hook(lambda model, _, logits: seen.append((model.training, logits.requires_grad)))
     assert accuracy(model, [(images, right), (images[:1], right[:1] + 1)], amp=False) == 80
     assert seen == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_picture_that_fails_is_a_warning(monkeypatch, capsys, missing):
+    if missing:
+        monkeypatch.setitem(sys.modules, "lab.pictures", None)  # as if matplotlib were not installed
+    else:
+        monkeypatch.setattr("lab.pictures.plot_curves", Mock(side_effect=RuntimeError("no LaTeX")))
+    assert run("--epochs=1", "--out=out") == 0
+    (warning,) = {line for line in capsys.readouterr().err.splitlines() if "warning" in line}
+    assert warning.startswith("warning: out/curves.png could not be drawn: ")
+    assert Path("out/result.json").exists() and not Path("out/curves.png").exists()
+
+
+def test_curves_ignore_a_notebooks_backend_and_a_matplotlibrc(tmp_path):
+    Path("matplotlibrc").write_text("text.usetex: True\nbackend: module://nowhere\n")
+    row = {"epoch": 1, "train_loss": 1, "train_accuracy": 2, "test_accuracy": 3}
+    draw = f"import pathlib, lab.pictures; lab.pictures.plot_curves(pathlib.Path('a.png'), 'a_b', [{row}])"
+    theirs = {"MPLBACKEND": "module://nowhere", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", draw], env=os.environ | theirs, check=True)
+    assert Path("a.png").stat().st_size > 1000
