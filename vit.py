@@ -8,6 +8,9 @@ A rotary encoding rotates q and k in each attention layer, given the positions o
 training image spans [-pi, pi] on each axis, end points included. The class token sits at (0, 0), the centre, where
 every rotation is the identity. Other image sizes keep the patch size: P patches per side, P0 in training, span
 [-(P / P0) pi, (P / P0) pi]. (So neighbours are slightly closer together in larger images.)
+
+That is pos_unit="image". With pos_unit="patch", as in RoPE-ViT (Heo et al. 2024), positions count patches from the
+first one, at (0, 0), at any size, and the class token sits there too. RoPE-ViT's public weights need this unit.
 """
 
 import math
@@ -27,8 +30,9 @@ from rope_spherical import SphericalRoPE
 
 # A new encoding is one file and one line here. Its class is called once per layer with head_dim and num_heads and has
 # forward(q, k, pos), rotate(x, pos) and rotation(pos), like the others, and reset_parameters() if it learns something.
-# Options are keyword-only; an option named grid receives the patches per side. The file's docstring says whether it is
-# equivariant, and the tests check that. "none" and "ape" (a learned absolute embedding) leave q and k alone.
+# Options are keyword-only; one named grid receives the patches per side, or None if positions count patches. The file's
+# docstring says whether it is equivariant, and the tests check that. "none" and "ape" (a learned absolute embedding)
+# leave q and k alone.
 ENCODINGS = {
     "none": None,
     "ape": None,
@@ -54,7 +58,9 @@ class ViT(nn.Module):
     dropout       rate, after the position embedding, the attention projection and both MLP layers
     drop_path     stochastic depth: rate of dropping a residual branch, the same in all blocks, as in DeiT III
     layer_scale   initial value of LayerScale's gamma, None for no LayerScale
+    pos_unit      "image": a training image spans [-pi, pi]; "patch": positions count patches
     pos_scale     factor on all positions, equivalent to a factor on all frequencies of the encoding
+    ape           add a learned absolute embedding to another encoding
     """
 
     def __init__(
@@ -72,7 +78,9 @@ class ViT(nn.Module):
         dropout=0.0,
         drop_path=0.0,
         layer_scale=None,
+        pos_unit="image",
         pos_scale=1.0,
+        ape=False,
         **pe_options,
     ):
         super().__init__()
@@ -80,6 +88,8 @@ class ViT(nn.Module):
             raise ValueError(f"pe must be one of {', '.join(ENCODINGS)}, got {pe!r}")
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean', got {pool!r}")
+        if pos_unit not in ("image", "patch"):
+            raise ValueError(f"pos_unit must be 'image' or 'patch', got {pos_unit!r}")
         sizes = {"img_size": img_size, "patch_size": patch_size, "num_heads": num_heads, "head_dim": head_dim}
         for name, size in sizes.items():  # one img_size, although forward takes images that are not square
             if not hasattr(size, "__index__") or size < 1:
@@ -88,18 +98,18 @@ class ViT(nn.Module):
             raise ValueError(f"img_size must be a multiple of patch_size = {patch_size}, got {img_size}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
-        dim, self.grid, self.pos_scale = num_heads * head_dim, img_size // patch_size, pos_scale
+        dim, self.grid = num_heads * head_dim, img_size // patch_size
+        self.pos_unit, self.pos_scale = pos_unit, pos_scale
         self.patch_embed = PatchEmbed(dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
-        self.pos_embed = (
-            nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid**2, dim)) if pe == "ape" else None
-        )
+        tokens = self.num_prefix_tokens + self.grid**2
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if ape or pe == "ape" else None
         self.pos_drop = nn.Dropout(dropout)
         make_rope = ENCODINGS[pe]
         if make_rope is None and pe_options:
             raise TypeError(f"{pe} has no options, got {', '.join(pe_options)}")
         if make_rope is not None and "grid" in signature(make_rope).parameters:  # initialised in units of patches
-            pe_options = {"grid": self.grid} | pe_options
+            pe_options = {"grid": self.grid if pos_unit == "image" else None} | pe_options
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -144,12 +154,13 @@ class ViT(nn.Module):
     @property
     def spacing(self):
         """Distance between neighbouring patches of a training image, in units of position."""
-        return self.pos_scale * 2 * math.pi / max(self.grid - 1, 1)
+        return self.pos_scale * (2 * math.pi / max(self.grid - 1, 1) if self.pos_unit == "image" else 1)
 
     def positions(self, height, width, device=None):
         """Positions (x, y) of all tokens of an image of height x width patches, class token first: (T, 2)."""
         device = self.patch_embed.proj.weight.device if device is None else device
-        x, y = (grid_axis(n, self.grid, device) for n in (width, height))
+        n0 = self.grid if self.pos_unit == "image" else None
+        x, y = (grid_axis(n, n0, device) for n in (width, height))
         pos = self.pos_scale * torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
         return torch.cat([pos.new_zeros(self.num_prefix_tokens, 2), pos])
 
@@ -192,8 +203,10 @@ class ViT(nn.Module):
 
 
 def grid_axis(n, n0, device=None):
-    """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; a single one is 0."""
+    """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; a single one is 0. Or 0, 1, ..., n - 1."""
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 would round positions
+    if n0 is None:
+        return torch.arange(n, dtype=dtype, device=device)
     steps = 2 * torch.arange(n, dtype=dtype, device=device) - (n - 1)
     return steps * (math.pi * n / (n0 * (n - 1 or 1)))
 

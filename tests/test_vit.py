@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROTARY, small_vit
+from conftest import EQUIVARIANT, ROTARY, small_vit
 from torch import nn
 
 from vit import ENCODINGS, DropPath, ViT
@@ -28,6 +28,7 @@ def test_takes_any_image_whose_sides_are_multiples_of_the_patch(pe, pool):
     [
         ({"pe": "rope"}, ValueError, "one of none, ape, axial, .*got 'rope'"),
         ({"pool": "max"}, ValueError, "'cls' or 'mean'"),
+        ({"pos_unit": "pixel"}, ValueError, "pos_unit must be 'image' or 'patch', got 'pixel'"),
         ({"patch_size": 5}, ValueError, "img_size must be a multiple of patch_size = 5, got 32"),
         ({"img_size": (32, 64)}, ValueError, r"img_size must be a whole number, at least 1, got \(32, 64\)"),
         *(({name: 0}, ValueError, f"{name} must be .* got 0") for name in ("img_size", "patch_size", "num_heads")),
@@ -87,6 +88,42 @@ def test_positions_span_minus_pi_to_pi_on_the_training_grid_and_grow_with_the_im
         torch.testing.assert_close(pos, torch.cat([torch.zeros(1, 2), rows]), rtol=0, atol=8 * eps)
         assert torch.equal(pos[1:], -pos[1:].flip(0)), "symmetric to the bit"
     assert torch.equal(small_vit("axial", pool="mean").positions(1, 1), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_positions_in_patches_count_from_the_first_at_any_size(pool):
+    vit = small_vit("axial", pos_unit="patch", pos_scale=0.5, pool=pool)
+    counted = [[0, 0]] * vit.num_prefix_tokens + [[x, y] for y in range(4) for x in range(12)]
+    assert torch.equal(vit.positions(4, 12), torch.tensor(counted) / 2) and vit.spacing == 0.5
+
+
+def test_mixed_frequencies_are_per_patch_if_positions_are():
+    a, b = (small_vit("mixed", pos_unit=unit) for unit in ("image", "patch"))
+    for of_a, of_b in zip(a.blocks, b.blocks, strict=True):  # small_vit draws the same
+        torch.testing.assert_close(of_a.attn.rope.freqs * a.spacing, of_b.attn.rope.freqs)
+
+
+@pytest.mark.parametrize("pe", EQUIVARIANT)
+def test_the_unit_of_positions_is_a_scale_and_an_origin(pe, float64):
+    """Equivariant encodings ignore the origin. At other sizes, neighbours keep their distance in one unit only."""
+    vit, images = small_vit(pe, pool="mean"), torch.randn(2, 3, 32, 32)
+    scaled = small_vit(pe, pool="mean", pos_unit="patch", pos_scale=vit.spacing)
+    scaled.load_state_dict(vit.state_dict())
+    assert (scaled(images) - vit(images)).abs().max() < 1e-11
+    larger = torch.randn(2, 3, 48, 48)
+    assert (scaled(larger) - vit(larger)).abs().max() > 1e-4
+
+
+def test_an_absolute_embedding_adds_to_a_rotary_one(float64):
+    both, rotary, images = small_vit("axial", ape=True), small_vit("axial"), torch.randn(2, 3, 32, 48)
+    weights = both.state_dict()
+    assert weights.pop("pos_embed").shape == (1, 65, 48)
+    rotary.load_state_dict(weights)
+    assert (both(images) - rotary(images)).abs().max() > 1e-4
+    both.pos_embed.data.zero_()
+    assert torch.equal(both(images), rotary(images))
+    same = small_vit("none", ape=True).state_dict(), small_vit("ape").state_dict()
+    torch.testing.assert_close(*same, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("pe", ROTARY)
