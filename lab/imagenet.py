@@ -38,6 +38,7 @@ from lab.errors import UserError, first_line
 
 SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no others, whatever the file name: for some, Pillow starts programs
+IMAGENET_1K = "ImageNet-1k"  # what a published model was trained on: the 1000 classes of imagenet_classes.txt, in order
 TRIES = 100  # after so many unreadable images in a row, something else is wrong
 ORIENTATION = 0x0112  # in EXIF data
 UPRIGHT = {  # the transposition that undoes each orientation
@@ -84,7 +85,7 @@ class ImageNet(Dataset):
         if self.rank == 0 and left_out + more:
             print(f"{left_out + more} files and folders among the images are ignored: not {', '.join(SUFFIXES)} files")
         part = np.random.default_rng(0).permutation(len(files))[: max(1, round(self.fraction * len(files)))]
-        self.num_classes, self.img_size, self.train_size = len(classes), img_size, len(files)
+        self.classes, self.num_classes, self.img_size, self.train_size = classes, len(classes), img_size, len(files)
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
         self.fingerprint = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
         self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_corrupt)
