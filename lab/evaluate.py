@@ -13,6 +13,9 @@ Prints accuracies (%) and saves them in each run's evaluation.json.
 Shifts are drawn from N(0, rho^2) for x and y, rho in patches, once per 50 images. Equivariant encodings ignore a shift
 of all positions (Yu et al. 2025, figure 5), but not if the class token, the point of reference, stays behind. The
 accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al. 2024, table 5).
+
+A model for ImageNet-1k (lab.pretrained) takes a folder of any of its classes, named as ImageNet's are: n01440764 ...
+Its answer is one of all 1000.
 """
 
 import math
@@ -29,6 +32,7 @@ from lab.datasets import DATASETS
 from lab.distributed import WORLD_SIZE, usable_device
 from lab.errors import UserError, one_line_errors
 from lab.files import locked, write_json
+from lab.imagenet import IMAGENET_1K
 from lab.run import read_of_run, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
@@ -76,14 +80,11 @@ def evaluate(run, args):
     if args.workers is not None and "workers" in saved["data"]:
         saved["data"]["workers"] = args.workers
     data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
-    if data.fingerprint != config["data_set"]:
-        raise UserError(
-            f"{run} was trained on {config['data_set']}, {args.data_dir} has {data.fingerprint}: change --data-dir"
-        )
+    labels = class_labels(run, data, config["data_set"]).to(args.device)
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_of_run(path, config).get("accuracies", {})
-    for name, found in evaluations(model, data, config["eval_size"] or data.img_size, args):
+    for name, found in evaluations(model, data, labels, config["eval_size"] or data.img_size, args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
@@ -91,13 +92,30 @@ def evaluate(run, args):
         write_json(path, config | {"accuracies": results})
 
 
-def evaluations(model, data, size, args):
-    """Yield each kind of evaluation: its name and a dict of accuracies (%). size: side of the test images in pixels."""
+def class_labels(run, data, trained_on):
+    """The model's label for each class of the data: by name if it knows ImageNet's classes, and else the same."""
+    if trained_on == IMAGENET_1K:
+        lines = (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+        label = {line.split()[0]: i for i, line in enumerate(lines)}
+        if others := [name for name in data.classes if name not in label]:
+            fix = f"name folders as ImageNet's (n01440764 ...), or fine-tune with train.py --init {run}"
+            raise UserError(f"{run} knows ImageNet's classes, {data.root} has others, such as {others[0]}: {fix}")
+        return torch.tensor([label[name] for name in data.classes])
+    if trained_on != data.fingerprint:
+        raise UserError(f"{run} was trained on {trained_on}, {data.root} has {data.fingerprint}: change --data-dir")
+    return torch.arange(data.num_classes)
+
+
+def evaluations(model, data, labels, size, args):
+    """Yield each kind of evaluation: its name and a dict of accuracies (%).
+
+    labels: the model's, for each class of the data; size: side of the test images in pixels
+    """
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
     def test(pos=lambda: None, change=lambda images: images, **which):
         torch.manual_seed(0)
-        batches = ((change(images), labels) for images, labels in data.test_batches(**{"img_size": size} | which))
+        batches = ((change(images), labels[i]) for images, i in data.test_batches(**{"img_size": size} | which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, first=0):

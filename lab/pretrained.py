@@ -24,16 +24,19 @@ from lab.weights import read_weights
 from vit import ViT
 
 
-@one_line_errors
-def main(argv=None):
+def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="its weights")
     add("--out", type=folder, required=True, help="run folder to write")
     add("--heads", type=number(int, least=1), help="attention heads (width / 64)")
     add("--pe", choices=["axial", "ape"], help="which of the two, if names and shapes are those of both")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+@one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
     vit, weights = read_weights(args.file, args.heads, args.pe)
     model = ViT(**vit)
     model.load_state_dict(weights)
@@ -45,8 +48,7 @@ def main(argv=None):
         state = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "step": 0, "log": []}
         write_json(args.out / "config.json", config | vit)
         save_checkpoint(args.out, state, config, vit=vit, data={"img_size": vit["img_size"], "workers": 8})
-    shown = ", ".join(f"{name} {value}" for name, value in vit.items())
-    print(f"{args.out}: {shown}")
+    print(f"{args.out}: {', '.join(f'{name} {value}' for name, value in vit.items())}")
 
 
 if __name__ == "__main__":

@@ -165,10 +165,10 @@ def complaint(capsys, main, *flags):
 # Small data sets in the official formats
 
 
-def make_imagenet(root, n=8):
+def make_imagenet(root, n=8, classes="abc"):
     """Three classes of n noise images each, in ImageNet's layout."""
     rng = np.random.default_rng(0)
-    for part, name, i in itertools.product(("train", "val"), "abc", range(n)):
+    for part, name, i in itertools.product(("train", "val"), classes, range(n)):
         path = Path(root, part, name, f"{i}.jpeg")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)

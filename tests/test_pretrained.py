@@ -35,9 +35,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Call, assert_same, complaint, small_vit
+from conftest import Call, assert_same, complaint, make_imagenet, small_vit
 
-from lab import pretrained
+from lab import evaluate, figures, pretrained
+from lab.files import read_json
 from lab.run import read_run
 from lab.weights import read_weights
 from vit import ViT
@@ -169,6 +170,39 @@ def test_which_of_two_alike_a_file_is_can_be_said():
     assert read_weights(path, heads=2)[0]["pe"] == "axial"
     vit, weights = read_weights(path, heads=2, pe="ape")
     assert vit["pe"] == "ape" and "theta" not in vit and not weights["pos_embed"][:, 0].any()
+
+
+@pytest.fixture
+def knows_imagenet():
+    """The run of a model whose answer is always the last but one of ImageNet's classes, n13133613."""
+    arrays = stand_in(classes=1000)
+    arrays["head.bias"][998] = 1e6
+    return converted(write("a.safetensors", arrays))
+
+
+def test_a_folder_of_some_of_imagenets_classes_is_mapped_by_name(knows_imagenet, capsys):
+    make_imagenet("in", n=4, classes=["n15075141", "n01440764", "n13133613"])
+    for i in range(3):  # 1 of 9 images is left of the class that it answers
+        Path(f"in/val/n13133613/{i}.jpeg").unlink()
+    flags = ["run", "--data-dir=in", "--device=cpu", "--workers=0"]
+    assert evaluate.main([*flags, "--sizes", "48", "--shift", "2"]) == 0
+    assert read_json(Path("run/evaluation.json"))["accuracies"] == {
+        "test": {"test": 11.11},
+        "size": {"48": 11.11},
+        "shift": {"2": 11.11},
+    }
+    assert figures.main(["run", "--out=pictures"]) == 0
+    for part in "train", "val":
+        Path(f"in/{part}/n13133613").rename(f"in/{part}/ear")
+    line = complaint(capsys, evaluate.main, *flags)
+    assert "run knows ImageNet's classes, in has others, such as ear: name folders as ImageNet's" in line
+
+
+def test_classes_that_are_not_known_are_not_guessed(capsys):
+    converted(write("a.safetensors", stand_in()))
+    make_imagenet("in", n=1)
+    line = complaint(capsys, evaluate.main, "run", "--data-dir=in", "--device=cpu", "--workers=0")
+    assert "run was trained on 10 classes that are not known here" in line
 
 
 def truncated(n):
