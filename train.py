@@ -3,6 +3,7 @@
     python train.py --pe spherical --dataset bearing    # a minute or two on a laptop's CPU, nothing to download
     python train.py --pe spherical                      # CIFAR-100, best on a GPU
     python train.py --pe spherical --dataset imagenet --data-dir DIR    # ImageNet: DIR/train/<class>/, DIR/val/<class>/
+    python train.py --init runs/a --out runs/b          # start from the weights of a run, or of a published model
     torchrun --nproc_per_node=8 train.py ...            # the same on eight GPUs, which split each batch
 
 A run writes config.json, log.csv (one row per epoch), curves.png, last.pt and finally result.json to
@@ -36,6 +37,7 @@ from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import locked, write_csv, write_json
 from lab.lamb import LAMB
 from lab.run import check_folder, load_checkpoint, save_checkpoint
+from lab.weights import adopt_flags, read_weights, start_from
 from vit import ENCODINGS, ViT
 
 COUNT, POSITIVE, NOT_NEGATIVE, RATE = number(int, least=1), number(float), number(float, 0), number(float, 0, 0.9)
@@ -44,12 +46,13 @@ OPTIMIZERS = {  # with default lr
     "adamw": (partial(torch.optim.AdamW, fused=True), 1e-3),
 }
 
-FLAGS = {  # whose defaults depend on the data set: type or choices, default without a recipe, help
+FLAGS = {  # whose defaults depend on the data set or --init: type or choices, default without a recipe, help
+    "pe": (ENCODINGS, "spherical", "position encoding"),
     "epochs": (COUNT, 10, "passes over the training images"),
     "batch_size": (COUNT, 64, "images per step"),
     "augment": (("none", "3", "mix"), "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
     "opt": (OPTIMIZERS, "adamw", "optimizer"),
-    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001"),
+    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001; with --init a tenth"),
     "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
     "patch_size": (COUNT, 4, "patch size in pixels"),
     "depth": (COUNT, 2, "blocks"),
@@ -58,6 +61,9 @@ FLAGS = {  # whose defaults depend on the data set: type or choices, default wit
     "dropout": (RATE, 0.0, "dropout rate after embedding, attention and MLP"),
     "drop_path": (RATE, 0.0, "stochastic depth: rate of dropping a residual branch"),
     "layer_scale": (NOT_NEGATIVE, 0.0, "initial LayerScale value, 0 for none"),
+    "pool": (("cls", "mean"), "cls", "what the classifier reads"),
+    "pos_unit": (("image", "patch"), "image", "an image spans [-pi, pi], or positions count patches"),
+    "pos_scale": (POSITIVE, 1.0, "factor on all positions"),
     "img_size": (COUNT, None, "side of the training images in pixels"),
     "limit_classes": (COUNT, None, "imagenet: use only this many classes, first by name"),
     "workers": (number(int, 0), None, "image-decoding processes per GPU"),
@@ -74,7 +80,7 @@ RECIPES = {
 }
 DATA_FLAGS = "batch_size", "seed", "fraction", "augment"
 FOLDER_FLAGS = "img_size", "limit_classes", "workers", "skip_corrupt"  # for data sets whose class takes them
-VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_scale", "dropout", "drop_path"
+VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_unit", "pos_scale", "ape", "dropout", "drop_path"
 FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_corrupt", "micro_batch"
 CHECKPOINT_SECONDS = 60  # the most work that a killed run loses
 SHOW_SECONDS = 0.5  # between progress-bar updates, because reading the loss waits for the GPU
@@ -84,12 +90,12 @@ def parse_args(argv=None):
     """Parse the command line; flags that are not given come from the data set's recipe."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--pe", choices=ENCODINGS, default="spherical", help="position encoding (%(default)s)")
     add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="its options, such as block_size=4 theta=50")
     add("--dataset", choices=DATASETS, default="cifar100", help="data set (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="random seed (%(default)s)")
     add("--out", type=folder, help="run folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="continue the run in --out")
+    add("--init", type=Path, help="start from the model in a run's folder or a file (see lab.pretrained), of any --pe")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add("--skip-corrupt", action="store_const", const=True, help="imagenet: skip images that cannot be read")
     add("--fraction", type=number(float, most=1), default=1.0, help="train on part of the images, for as many steps")
@@ -97,8 +103,7 @@ def parse_args(argv=None):
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
     add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on training positions, in patches (%(default)s)")
-    add("--pos-scale", type=POSITIVE, default=1.0, help="factor on all positions (%(default)s)")
-    add("--pool", choices=["cls", "mean"], default="cls", help="what the classifier reads (%(default)s)")
+    add("--ape", action=argparse.BooleanOptionalAction, help="add a learned absolute embedding (no)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
     for name, (kind, default, what) in FLAGS.items():
         shown = [f"{of} {recipe[name]}" for of, recipe in RECIPES.items() if name in recipe]
@@ -111,12 +116,15 @@ def parse_args(argv=None):
         if getattr(args, name) is not None and name not in signature(DATASETS[args.dataset]).parameters:
             parser.error(f"--dataset {args.dataset} takes no --{name.replace('_', '-')}: leave it out")
     defaults = {name: default for name, (_, default, _) in FLAGS.items()} | RECIPES.get(args.dataset, {})
-    defaults |= dict.fromkeys(("compile", "amp"), args.device.startswith("cuda"))
-    defaults["out"] = Path("runs", f"{args.dataset}-{args.pe}-s{args.seed}")
+    defaults |= dict.fromkeys(("compile", "amp"), args.device.startswith("cuda")) | {"ape": False}
+    if args.init:
+        adopt_flags(args)
+    default_lr = args.lr is None
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.lr = args.lr or OPTIMIZERS[args.opt][1]
+    args.out = args.out or Path("runs", f"{args.dataset}-{args.pe}-s{args.seed}")
+    args.lr = (args.lr or OPTIMIZERS[args.opt][1]) / (10 if args.init and default_lr else 1)
     args.pe_options = parse_options(args.pe_options, args.pe, ENCODINGS[args.pe])
     if args.jitter and ENCODINGS[args.pe] is None:
         parser.error(f"--pe {args.pe} has no positions to jitter: leave --jitter out, or choose another encoding")
@@ -161,8 +169,15 @@ def train(args):
         **{name: getattr(args, name) for name in VIT_FLAGS},
         **args.pe_options,
     }
+    if args.init:  # whose img_size is the one that positions refer to, also for images of another size
+        start, weights = read_weights(args.out if args.resume else args.init, args.heads)
+        vit_options |= {name: start[name] for name in ("img_size", "mlp_ratio") if name in start}
+        if data.img_size % args.patch_size:
+            raise UserError(f"images must be of a multiple of {args.patch_size} pixels, not {data.img_size}")
     with user_errors(ValueError):
         model = ViT(**vit_options).to(device)
+    if args.init and not args.resume:
+        start_from(model, weights, args.pe == start["pe"])
     optimizer = make_optimizer(args, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -202,7 +217,7 @@ def train(args):
 
                 # Forward and backward, one micro-batch at a time
                 model.train()
-                pos = jitter_positions(model, args.jitter) if args.jitter else None
+                pos = jitter_positions(model, args.jitter, data.img_size // args.patch_size) if args.jitter else None
                 reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
                 totals = torch.zeros(2, device=device)  # loss, correct
                 micro_batches = zip(images.split(micro_batch), targets.split(micro_batch), strict=True)

@@ -150,12 +150,13 @@ def mix(images, labels, num_classes):
     return images, torch.lerp(targets.flip(0), targets, lam)
 
 
-def jitter_positions(model, sigma):
-    """A ViT's training positions (T, 2), each with noise of sigma patches, clamped to its patch.
+def jitter_positions(model, sigma, grid=None):
+    """Positions (T, 2) of grid x grid patches for a ViT, each with noise of sigma patches, clamped to its patch.
 
     Drawn once per step for the whole batch; a class token does not move. (Yu et al. 2025, section 3.4.2)
     """
-    pos = model.positions(model.grid, model.grid)
+    grid = grid or model.grid
+    pos = model.positions(grid, grid)
     noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * model.spacing
     noise[: model.num_prefix_tokens] = 0
     return pos + noise

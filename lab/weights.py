@@ -12,13 +12,16 @@ import argparse
 import json
 import math
 import re
+from inspect import signature
 
 import torch
 
 from lab.checkpoint import from_bytes
+from lab.cli import parse_options
+from lab.datasets import DATASETS
 from lab.errors import UserError, first_line, is_out_of_memory
-from lab.run import read_checkpoint
-from vit import ViT
+from lab.run import flag, read_checkpoint
+from vit import ENCODINGS, ViT
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -118,6 +121,43 @@ def recognise(weights, heads, pe):
     if found != want:
         raise ValueError(f"it looks like pe={pe}, but has {some(found - want)} and lacks {some(want - found)}")
     return vit, weights
+
+
+def adopt_flags(args):
+    """Give train.py's flags the values of the model in --init. Other values are an error, but not another --pe.
+
+    A run that resumes takes them from its own folder: it never reads --init again.
+    """
+    if not args.out:
+        raise UserError("--init needs a folder for the new run: add --out")
+    vit, _ = read_weights(args.out if args.resume else args.init, args.heads)
+    default = {name: p.default for name, p in signature(ViT).parameters.items()}
+    pe_options = {name: value for name, value in vit.items() if name not in default}
+    vit = default | vit
+    flags = {name: vit[name] for name in ("patch_size", "depth", "head_dim", "pool", "pos_unit", "pos_scale", "ape")}
+    flags |= {"heads": vit["num_heads"], "layer_scale": vit["layer_scale"] or 0.0}
+    if ENCODINGS[vit["pe"]] is None:  # another encoding may have any positions, and keep an absolute embedding
+        flags = {name: flags[name] for name in flags.keys() - {"pos_unit", "pos_scale", "ape"}}
+    args.pe = args.pe or vit["pe"]
+    if args.pe == vit["pe"]:
+        words, args.pe_options = args.pe_options, [f"{name}={value}" for name, value in pe_options.items()]
+        if words and parse_options(words, args.pe, ENCODINGS[args.pe]) != pe_options:
+            raise UserError(f"{args.init} has --pe-options {' '.join(args.pe_options)}: leave them out")
+    for name, value in flags.items():
+        if getattr(args, name) not in (None, value):
+            raise UserError(f"{args.init} has {flag(name)} {value}, not {getattr(args, name)}: leave it out")
+        setattr(args, name, value)
+    if args.img_size is None and "img_size" in signature(DATASETS[args.dataset]).parameters:
+        args.img_size = vit["img_size"]
+
+
+def start_from(model, weights, same_pe):
+    """Load weights into a model. A head for other classes and the parameters of another encoding stay as drawn."""
+    own = model.state_dict()
+    same = {name for name, x in weights.items() if name in own and x.shape == own[name].shape}
+    taken = {name: weights[name] for name in same if same_pe or ".rope." not in name}
+    model.load_state_dict(own | taken)
+    print(f"{len(taken)} parameters come from there, not {some(own.keys() - taken.keys())}")
 
 
 def some(names):

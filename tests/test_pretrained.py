@@ -37,6 +37,7 @@ import pytest
 import torch
 from conftest import Call, assert_same, complaint, make_imagenet, small_vit
 
+import train
 from lab import evaluate, figures, pretrained
 from lab.files import read_json
 from lab.run import read_run
@@ -203,6 +204,19 @@ def test_classes_that_are_not_known_are_not_guessed(capsys):
     make_imagenet("in", n=1)
     line = complaint(capsys, evaluate.main, "run", "--data-dir=in", "--device=cpu", "--workers=0")
     assert "run was trained on 10 classes that are not known here" in line
+
+
+@pytest.mark.parametrize("pe", ["mixed", "spherical"])
+def test_a_run_starts_from_a_file_or_its_folder_alike(pe, tiny_bearing):
+    published = converted(write("a.safetensors", stand_in("mixed-ape"))).state_dict()
+    flags = "--dataset=bearing", "--device=cpu", "--batch-size=16", "--epochs=1", "--lr=1e-60", f"--pe={pe}"
+    for start in "run", "a.safetensors":
+        assert train.main([*flags, f"--init={start}", f"--out={start}-tuned"]) == 0
+        _, tuned = read_run(Path(f"{start}-tuned"))
+        new = ("head.",) if pe == "mixed" else ("head.", "attn.rope.")
+        kept = {name: x for name, x in tuned.state_dict().items() if not any(part in name for part in new)}
+        assert_same(kept, {name: published[name] for name in kept})
+        assert len(tuned.head.bias) == 8 and tuned.pos_unit == "patch" and tuned.pos_embed is not None
 
 
 def truncated(n):
