@@ -116,8 +116,8 @@ def recognise(weights, heads, pe):
         if vit["pool"] == "cls" and embed.shape[1] == side**2:  # the class token has none
             weights["pos_embed"] = torch.cat([torch.zeros(1, 1, dim), embed], dim=1)
     with torch.device("meta"):
-        want = {(name, tuple(x.shape)) for name, x in ViT(**vit).state_dict().items()}
-    found = {(name, tuple(x.shape)) for name, x in weights.items()}
+        want = {f"{name} {tuple(x.shape)}" for name, x in ViT(**vit).state_dict().items()}
+    found = {f"{name} {tuple(x.shape)}" for name, x in weights.items()}
     if found != want:
         raise ValueError(f"it looks like pe={pe}, but has {some(found - want)} and lacks {some(want - found)}")
     return vit, weights
@@ -157,10 +157,9 @@ def start_from(model, weights, same_pe):
     same = {name for name, x in weights.items() if name in own and x.shape == own[name].shape}
     taken = {name: weights[name] for name in same if same_pe or ".rope." not in name}
     model.load_state_dict(own | taken)
-    print(f"{len(taken)} parameters come from there, not {some(own.keys() - taken.keys())}")
+    print(f"Weights taken over: {len(taken)} of {len(own)}; drawn anew: {some(own.keys() - taken.keys())}")
 
 
 def some(names):
     """The first names, as text."""
-    first = [" ".join(map(str, name)) if isinstance(name, tuple) else name for name in sorted(names)[:3]]
-    return ", ".join([*first, *["..."] * (len(names) > 3)]) or "nothing"
+    return ", ".join([*sorted(names)[:3], *["..."] * (len(names) > 3)]) or "nothing"
