@@ -344,8 +344,8 @@ def test_runs_without_values(name):
 @every_encoding
 def test_wrong_shapes_are_refused(name):
     rope, (q, k, pos) = make(name), inputs(name)
-    longer, single = torch.randn(2, H, T, D + 1), q[:, :1]
-    calls = [((q, longer, pos), longer), ((single, single, pos), single), ((q[0], k[0], pos), q[0])]
+    longer = torch.randn(2, H, T, D + 1)
+    calls = [((q, longer, pos), longer), ((longer, longer, pos), longer)]
     # a class token forgotten, one position for all, a dimension too many, another number of images
     shapes = (T + 1,), (1,), (2, 1, T), (3, T)
     calls += [((q, k, pos), pos) for pos in (pos.repeat(1, 2), *(positions(name, *shape) for shape in shapes))]
@@ -359,6 +359,7 @@ def test_the_error_of_a_wrong_shape_names_the_layout(encoding):
     rope, pos = encoding(D, H), torch.randn(T, 2)
     for q, right in (
         ((2, T, H, D), "pos"),
+        ((2, 1, T, D), f"a multiple of {H}"),
         ((2, 2 * H, H, D), f"{(H, 2)} or {(2, H, 2)}"),
         ((T, D), "(T, 2) or (B, T, 2)"),
     ):

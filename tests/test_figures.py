@@ -152,7 +152,7 @@ def test_the_film_moves_the_query_and_the_patterns(monkeypatch):
         frames.append((figure.axes[0].lines[1].get_xydata().tolist(), images))
     assert len(frames) == 3 and frames[0][0] == [[0, 0]] != frames[1][0]
     for now, later in zip(frames[0][1], frames[1][1], strict=True):
-        assert now[22, 22] == pytest.approx(1) and abs(now - later).max() > 0.1  # a key where the query is scores 1
+        assert now[22, 22] == pytest.approx(1) and abs(now - later).max() > 1e-3  # a key where the query is scores 1
 
 
 def trained(pe, seed=0, *flags):
