@@ -52,7 +52,7 @@ FLAGS = {  # whose defaults depend on the data set or --init: type or choices, d
     "batch_size": (COUNT, 64, "images per step"),
     "augment": (("none", "3", "mix"), "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
     "opt": (OPTIMIZERS, "adamw", "optimizer"),
-    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001; with --init a tenth"),
+    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001; --init: a tenth, low for another --pe"),
     "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
     "patch_size": (COUNT, 4, "patch size in pixels"),
     "depth": (COUNT, 2, "blocks"),

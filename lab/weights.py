@@ -11,6 +11,7 @@ model it is: axial or mixed, with or without an absolute embedding, or a plain V
 import argparse
 import json
 import math
+import pickle
 import re
 from inspect import signature
 
@@ -71,8 +72,11 @@ def read_safetensors(content):
 
 def read_pickle(content):
     """A .pth or .bin file: a state dict, or one that has it as "model" or "state_dict"."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their flags
-        content = from_bytes(content)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their flags
+            content = from_bytes(content)
+    except pickle.UnpicklingError as e:  # which advises to run the file's code
+        raise ValueError("neither .safetensors nor a pickle of tensors alone") from e
     return content.get("model") or content.get("state_dict") or content
 
 

@@ -88,7 +88,7 @@ def test_an_absolute_embedding_may_stay_beside_a_new_encoding():
 
 
 @pytest.mark.parametrize("pe", [pe for pe in ENCODINGS if pe != "none"])
-def test_other_classes_get_a_head_of_their_own_and_other_sizes_fit(pe):
+def test_other_classes_get_a_fresh_head_and_other_sizes_fit(pe):
     make_imagenet("in")
     assert run("--out=a", f"--pe={pe}", "--epochs=1", "--head-dim=24") == 0
     jitter = ["--jitter=1"] if pe in ROTARY else []

@@ -241,7 +241,7 @@ def with_arrays(**more):
         (truncated(-4), "cannot be bytes"),
         (lambda: Path("a").write_bytes(b"\xff" * 8 + b"{}12345678"), "a holds no weights that can be read"),
         (lambda: Path("a").write_bytes(b"\2" + bytes(7) + b"{}"), "it has nothing, but no 'patch_embed.proj.weight'"),
-        (lambda: Path("a").write_text("<!doctype html>"), "a holds no weights that can be read"),
+        (lambda: Path("a").write_text("<!doctype html>"), "(neither .safetensors nor a pickle of tensors alone)"),
         (
             changed(head_weight={"data_offsets": [0, 1 << 40]}),
             "head.weight [10, 48] cannot be bytes 0 to 1099511627776",
@@ -258,8 +258,8 @@ def with_arrays(**more):
         (with_arrays(cls_token=np.full((1, 1, 48), np.nan)), "a holds NaN or infinity, in cls_token"),
         (with_arrays(reg_token=np.ones((1, 4, 48))), "but has reg_token (1, 4, 48) and lacks nothing"),
         (with_arrays(**{"rope.freqs": np.ones((2, 2, 3, 8))}), "rope.freqs is of 3 heads, --heads says 2"),
-        (lambda: torch.save(Call(os.mkdir, "harm"), "a"), "a holds no weights that can be read"),
-        (lambda: torch.save({"model": Call(os.mkdir, "harm")}, "a"), "a holds no weights that can be read"),
+        (lambda: torch.save(Call(os.mkdir, "harm"), "a"), "nor a pickle of tensors alone"),
+        (lambda: torch.save({"model": Call(os.mkdir, "harm")}, "a"), "nor a pickle of tensors alone"),
         (lambda: torch.save([1, 2], "a"), "a holds no weights that can be read"),
         (
             lambda: torch.save({"conv1.weight": torch.ones(2, 2)}, "a"),
