@@ -45,7 +45,12 @@ from lab.files import atomic_write, locked
 
 
 class Dataset:
-    """fraction < 1 trains on a subset of the images, the same for every seed; an epoch then repeats them."""
+    """Images that fit into the device's memory. A subclass has num_classes, img_size and
+
+        read() -> (images, labels), (test_images, test_labels): (N, 3, S, S) uint8 and (N,) int64, on the CPU
+
+    fraction < 1 trains on a subset of the images, the same for every seed; an epoch then repeats them.
+    """
 
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # of the training images' channels
     corrupt = frozenset()  # files that could not be read
@@ -71,10 +76,6 @@ class Dataset:
         self.images, self.labels = images[part].to(self.device), labels[part].to(self.device)
         self.test_images, self.test_labels = test_images.to(self.device), test_labels.to(self.device)
         return self
-
-    def read(self):
-        """-> (images, labels), (test_images, test_labels): (N, 3, S, S) uint8 and (N,) int64, on the CPU."""
-        raise NotImplementedError
 
     @property
     def rank_batch_size(self):

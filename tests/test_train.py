@@ -127,7 +127,7 @@ def test_the_bar_shows_the_share_of_time_spent_waiting_for_images(monkeypatch):
 
 
 def test_the_environment_names_the_commit_and_uncommitted_changes(monkeypatch):
-    monkeypatch.setattr(environment, "__file__", str(Path("code.py").absolute()))
+    monkeypatch.setattr(environment, "ROOT", Path.cwd())
     Path("code.py").write_text("a")
     for words in "init -q", "add .", "-c user.name=a -c user.email=a commit -qm a":
         subprocess.run(["git", *words.split()], check=True)
