@@ -128,13 +128,13 @@ class ComRoPE(nn.Module):
 
 def turn(x, R):
     """R x for x (B, H * G, T, D) and the blocks R (H, T, K, b, b) or (B, H, T, K, b, b)."""
-    H, K, b = R.shape[-5], R.shape[-3], R.shape[-1]
-    turned, free = x.split([K * b, x.shape[-1] - K * b], dim=-1)
+    H, K, b, D = R.shape[-5], R.shape[-3], R.shape[-1], x.shape[-1]
+    turned, free = x.split([K * b, D - K * b], dim=-1) if K * b < D else (x, None)
     with no_autocast(x):
         blocks = turned.to(R.dtype).unflatten(-1, (K, b)).unflatten(1, (H, -1))  # (B, H, G, T, K, b)
         blocks = torch.einsum("bhgtkj,bhtkij->bhgtki", blocks, R if R.dim() == 6 else R[None])
     blocks = blocks.flatten(1, 2).flatten(-2).type_as(x)
-    return torch.cat([blocks, free], dim=-1) if free.shape[-1] else blocks
+    return blocks if free is None else torch.cat([blocks, free], dim=-1)
 
 
 # What makes it fast and safe

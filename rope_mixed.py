@@ -128,8 +128,8 @@ def turn(x, table):
     """Turn each pair (a, b) of x (B, H, T, D) by the angle whose cosine and sine are in the table."""
     if 1 < table.shape[-4] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-4], dim=-4)
-    n = 2 * table.shape[-2]
-    pairs, free = x.split([n, x.shape[-1] - n], dim=-1)
+    n, D = 2 * table.shape[-2], x.shape[-1]
+    pairs, free = x.split([n, D - n], dim=-1) if n < D else (x, None)
     pairs = pairs.unflatten(-1, (-1, 2))  # (B, H, T, pairs, 2)
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
@@ -137,7 +137,7 @@ def turn(x, table):
     else:  # the same in complex numbers, faster in eager mode: (a + ib) (cos + i sin)
         pairs = torch.view_as_real(as_complex(pairs.to(table.dtype)) * torch.view_as_complex(table))
     pairs = pairs.flatten(-2).type_as(x)
-    return torch.cat([pairs, free], dim=-1) if free.shape[-1] else pairs
+    return pairs if free is None else torch.cat([pairs, free], dim=-1)
 
 
 # What makes it fast and safe

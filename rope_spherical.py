@@ -118,8 +118,8 @@ def turn(x, table):
     """Turn each triplet (a, b, c) of x (B, H, T, D), first by roll(t), then by yaw(u)."""
     if 1 < table.shape[-5] < x.shape[1]:  # grouped-query attention
         table = table.repeat_interleave(x.shape[1] // table.shape[-5], dim=-5)
-    n = 3 * table.shape[-2]
-    triplets, free = x.split([n, x.shape[-1] - n], dim=-1)
+    n, D = 3 * table.shape[-2], x.shape[-1]
+    triplets, free = x.split([n, D - n], dim=-1) if n < D else (x, None)
     triplets = triplets.unflatten(-1, (-1, 3))  # (B, H, T, triplets, 3)
     yaw, roll = table.unbind(-3)
     if torch.compiler.is_compiling():
@@ -132,7 +132,7 @@ def turn(x, table):
         ab = torch.complex(a, bc.real) * torch.view_as_complex(yaw)
         a, b, c = ab.real, ab.imag, bc.imag
     triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
-    return torch.cat([triplets, free], dim=-1) if free.shape[-1] else triplets
+    return triplets if free is None else torch.cat([triplets, free], dim=-1)
 
 
 def check(rope, pos, *tensors):
