@@ -8,7 +8,7 @@ replaces J with a larger, learned skew-symmetric matrix B, which turns a block o
     rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
+In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
 
 A token at p = (x, y) has each block of b = block_size channels of its query and its key multiplied by exp(c B):
 
@@ -33,7 +33,7 @@ Channel layout (head_dim = 9, block_size = 4; free channels do not turn):
              | exp(c_0 B_0)  | exp(c_1 B_1)  |free
 
 ComRoPE is Mixed RoPE in a learned basis, exp(c B) = Q diag(rot(c l_0), rot(c l_1), ...) Q^T, where the projections of q
-and k can absorb Q, and pairs of a block share a direction, in all heads. It can express less, but may train otherwise.
+and k can absorb Q, and pairs of a block share a direction, in all heads. It can express less; it may train differently.
 
 Parameters are blocks, P (num_heads, D // b, b, b) from N(0, 1 / (2 pi)^2), and theta (M, D // b) from N(0, 1). Exempt
 both from weight decay. pos_dim=M gives M axes, of which block j of ap has axis j mod M. To fine-tune a model that was

@@ -9,7 +9,7 @@ and equivariance is lost. It is Mixed RoPE's counterpart without it, made to tes
     rope = SphericalRoPE(head_dim=64, num_heads=6)    # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-Other images have P x P patches in [-P/14 pi, P/14 pi], as in the paper: a little closer together if P is larger.
+In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
 
 A token at p = (x, y) has its query and its key multiplied by
 

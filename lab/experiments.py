@@ -151,7 +151,7 @@ def read(name):
             if row.get("pe") not in ENCODINGS:
                 raise ValueError(f"there is no encoding {row.get('pe')}")
         if len({tuple(row.values()) for row in rows}) < len(rows):
-            raise ValueError("a row stands there twice")
+            raise ValueError("a row appears twice")
     except ValueError as e:
         raise UserError(f"{path} is corrupt ({e}): restore it from a copy") from e
     return rows
