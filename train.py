@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lab.accuracy import accuracy
-from lab.augment import jitter_positions
+from lab.augment import noisy_positions
 from lab.cli import Parser, add_device_flags, folder, number, parse_options
 from lab.datasets import DATASETS
 from lab.distributed import RANK, WORLD_SIZE, all_reduce_sum, cleanup, init, stop_on_signals
@@ -102,7 +102,8 @@ def parse_args(argv=None):
     add("--eval-size", type=COUNT, help="side of the test images in pixels, if different")
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
-    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="noise on training positions, in patches (%(default)s)")
+    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="s.d. of each training position, in patches (%(default)s)")
+    add("--shift", type=NOT_NEGATIVE, default=0.0, help="s.d. of one offset of them all, in patches (%(default)s)")
     add("--ape", action=argparse.BooleanOptionalAction, help="add a learned absolute embedding (no)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
     for name, (kind, default, what) in FLAGS.items():
@@ -126,8 +127,8 @@ def parse_args(argv=None):
     args.out = args.out or Path("runs", f"{args.dataset}-{args.pe}-s{args.seed}")
     args.lr = (args.lr or OPTIMIZERS[args.opt][1]) / (10 if args.init and default_lr else 1)
     args.pe_options = parse_options(args.pe_options, args.pe, ENCODINGS[args.pe])
-    if args.jitter and ENCODINGS[args.pe] is None:
-        parser.error(f"--pe {args.pe} has no positions to jitter: leave --jitter out, or choose another encoding")
+    if (args.jitter or args.shift) and ENCODINGS[args.pe] is None:
+        parser.error(f"--pe {args.pe} has no positions to move: leave --jitter and --shift out")
     if args.eval_size and args.eval_size % args.patch_size:
         parser.error(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     return args
@@ -217,7 +218,9 @@ def train(args):
 
                 # Forward and backward, one micro-batch at a time
                 model.train()
-                pos = jitter_positions(model, args.jitter, data.img_size // args.patch_size) if args.jitter else None
+                pos = None
+                if args.jitter or args.shift:
+                    pos = noisy_positions(model, data.img_size // args.patch_size, args.jitter, args.shift)
                 reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
                 totals = torch.zeros(2, device=device)  # loss, correct
                 micro_batches = zip(images.split(micro_batch), targets.split(micro_batch), strict=True)

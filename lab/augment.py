@@ -150,16 +150,16 @@ def mix(images, labels, num_classes):
     return images, torch.lerp(targets.flip(0), targets, lam)
 
 
-def jitter_positions(model, sigma, grid=None):
-    """Positions (T, 2) of grid x grid patches for a ViT, each with noise of sigma patches, clamped to its patch.
+def noisy_positions(model, grid, jitter=0.0, shift=0.0):
+    """Positions (T, 2) of grid x grid patches for a ViT, with noise. jitter, shift: standard deviations in patches.
 
-    Drawn once per step for the whole batch; a class token does not move. (Yu et al. 2025, section 3.4.2)
+    jitter moves each patch by itself, clamped to its place, and no class token (Yu et al. 2025, section 3.4.2). shift
+    moves all tokens together. Drawn once per step for the whole batch.
     """
-    grid = grid or model.grid
     pos = model.positions(grid, grid)
-    noise = (sigma * torch.randn_like(pos)).clamp(-0.5, 0.5) * model.spacing
+    noise = (jitter * torch.randn_like(pos)).clamp(-0.5, 0.5)
     noise[: model.num_prefix_tokens] = 0
-    return pos + noise
+    return pos + model.spacing * (noise + shift * torch.randn_like(pos[0]))
 
 
 def draw_beta(alpha):

@@ -131,7 +131,13 @@ def shuffled(n, seed, k):
 
 
 # Where bearing's squares may be: first row, first column and side, in cells.
-REGIONS = {"everywhere": (0, 0, 8), "upper left": (0, 0, 4), "lower right": (4, 4, 4)}
+REGIONS = {
+    "everywhere": (0, 0, 8),
+    "upper left": (0, 0, 4),
+    "upper right": (0, 4, 4),
+    "lower left": (4, 0, 4),
+    "lower right": (4, 4, 4),
+}
 
 
 class Bearing(Dataset):

@@ -5,14 +5,19 @@
     python -m lab.evaluate runs/* --shift          # all positions shifted by a random offset; or --shift 1 4 (patches)
     python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
     python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
-    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image; and with the
-                                                   # class token moved from the upper left one to the lower right one
+    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image, and below
 
 Prints accuracies (%) and saves them in each run's evaluation.json.
 
-Shifts are drawn from N(0, rho^2) for x and y, rho in patches, once per 50 images. Equivariant encodings ignore a shift
-of all positions (Yu et al. 2025, figure 5), but not if the class token, the point of reference, stays behind. The
-accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al. 2024, table 5).
+Shifts are drawn from N(0, rho^2) for x and y, rho in patches, anew for every five images, by the run's seed.
+Equivariant encodings ignore a shift of all positions (Yu et al. 2025, figure 5), but not if the class token, the point
+of reference, stays behind. The accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al.
+2024, table 5).
+
+--regions also moves all positions by half an image, where the run learned: once to the right and once down ("all
+moved"). An encoding that is equivariant along one axis only is its own control there, because the border stays where it
+is. And it moves the class token alone ("token moved"), as far as the squares: from the upper left quarter to the lower
+right one.
 
 A model for ImageNet-1k (lab.pretrained) takes a folder of any of its classes, named as ImageNet's are: n01440764 ...
 Its answer is one of all 1000.
@@ -84,7 +89,7 @@ def evaluate(run, args):
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_of_run(path, config).get("accuracies", {})
-    for name, found in evaluations(model, data, labels, config["eval_size"] or data.img_size, args):
+    for name, found in evaluations(model, data, labels, config["eval_size"] or data.img_size, config["seed"], args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
@@ -106,25 +111,31 @@ def class_labels(run, data, trained_on):
     return torch.arange(data.num_classes)
 
 
-def evaluations(model, data, labels, size, args):
+def evaluations(model, data, labels, size, seed, args):
     """Yield each kind of evaluation: its name and a dict of accuracies (%).
 
-    labels: the model's, for each class of the data; size: side of the test images in pixels
+    labels: the model's, for each class of the data; size: side of the test images in pixels; seed: of what is drawn
     """
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
-    def test(pos=lambda: None, change=lambda images: images, **which):
-        torch.manual_seed(0)
+    def test(pos=lambda n: None, change=lambda images: images, **which):
+        torch.manual_seed(seed)
         batches = ((change(images), labels[i]) for images, i in data.test_batches(**{"img_size": size} | which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, first=0):
-        def pos():
-            pos = model.positions(size // patch, size // patch)
-            pos[first:] += rho * model.spacing * torch.randn(2, device=pos.device)
+        def pos(n):
+            pos = model.positions(size // patch, size // patch).repeat(n, 1, 1)
+            offsets = torch.randn(n, 1, 2, device=pos.device)[torch.arange(n) // 5]  # LieRE pays for each
+            pos[:, first:] += rho * model.spacing * offsets
             return pos
 
         return test(pos, batch_size=50)
+
+    def moved(tokens, *offset):  # x, y in images
+        pos = model.positions(size // patch, size // patch)
+        pos[tokens] += data.img_size / patch * model.spacing * pos.new_tensor(offset)
+        return lambda n: pos
 
     yield "test", {"test": test()}
     if args.sizes is not None:
@@ -138,10 +149,11 @@ def evaluations(model, data, labels, size, args):
         yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
     if args.regions and isinstance(data, Bearing):
         yield "region", {region: test(region=region) for region in REGIONS}
-        if rotary and model.num_prefix_tokens:  # with the class token moved as far as the squares, 4 cells each way
-            moved = model.positions(size // patch, size // patch)
-            moved[: model.num_prefix_tokens] += data.img_size / 2 / patch * model.spacing
-            yield "token moved", {"lower right": test(lambda: moved, region="lower right")}
+        if rotary:
+            yield "all moved", {"right": test(moved(..., 0.5, 0)), "down": test(moved(..., 0, 0.5))}
+        if rotary and model.num_prefix_tokens:
+            token = moved(slice(model.num_prefix_tokens), 0.5, 0.5)
+            yield "token moved", {"lower right": test(token, region="lower right")}
 
 
 def shuffled(images, patch):

@@ -47,6 +47,10 @@ FREQUENCIES = [
     for theta, scale in RANGES
     for run in each(["axial", "spherical"], [seed], dataset="bearing-corner", pool="mean")
 ]
+# Trained under shifts of all positions: what do encodings pay for learning what the equivariant ones are born with?
+NOT_EQUIVARIANT = "spherical", "spherical-learned", "liere"
+SHIFT = each(NOT_EQUIVARIANT, range(6), dataset="bearing-corner", pool="mean", shift=4)
+SHIFT += [run | {"dataset": "cifar100", "shift": 4} for run in SMALL if run["pe"] in NOT_EQUIVARIANT]
 SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate.py's flags, if it is run
     "bearing": (each(seeds=range(6), dataset="bearing"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (
@@ -54,6 +58,7 @@ SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate
         "--regions",
     ),
     "bearing-frequencies": (FREQUENCIES, "--regions"),
+    "shift": (SHIFT, "--shift 4 --regions"),
     "cifar100-small": (SMALL, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),

@@ -22,7 +22,7 @@ from conftest import (
 
 import train
 from lab import evaluate
-from lab.augment import jitter_positions
+from lab.augment import noisy_positions
 from lab.files import read_json
 from vit import ENCODINGS, ViT
 
@@ -104,7 +104,7 @@ def test_other_classes_get_a_fresh_head_and_other_sizes_fit(pe):
 def test_jitter_moves_the_patches_of_other_sizes():
     torch.manual_seed(0)
     model = ViT("axial", depth=1)
-    moves = (jitter_positions(model, 1.0, 12) - model.positions(12, 12)) / model.spacing
+    moves = (noisy_positions(model, 12, 1.0) - model.positions(12, 12)) / model.spacing
     assert moves.shape == (145, 2) and not moves[0].any() and moves.abs().max() < 0.5001
 
 

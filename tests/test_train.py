@@ -41,7 +41,7 @@ from tqdm import tqdm
 import train
 from lab import data, environment, evaluate
 from lab.accuracy import accuracy
-from lab.augment import jitter_positions
+from lab.augment import noisy_positions
 from lab.data import Bearing
 from lab.files import read_json
 from lab.imagenet import ImageNet
@@ -246,7 +246,8 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
         ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
         ("--micro-batch 5", "--micro-batch must divide the 16 images per process"),
-        ("--jitter 1 --pe ape", "leave --jitter out"),
+        ("--jitter 1 --pe ape", "leave --jitter and --shift out"),
+        ("--shift 1 --pe none", "leave --jitter and --shift out"),
         ("--pe axial --pe-options block_size=4", "axial has no option 'block_size': it has learned, uniform, theta"),
         ("--pe ape --pe-options theta=4", "--pe ape has no option 'theta': it has none"),
         ("--pe axial --pe-options theta=far", "theta must be like 100.0, not 'far'"),
@@ -487,7 +488,8 @@ def test_flags_reach_the_model():
 
 def test_flags_change_the_course_of_a_run_but_not_its_length(cifar):
     first, labels, last = [], [], []
-    for flag in "--seed=0", "--seed=1", "--fraction=0.5", "--augment=3", "--augment=mix", "--jitter=1", "--opt=adamw":
+    flags = "--seed=0 --seed=1 --fraction=0.5 --augment=3 --augment=mix --jitter=1 --shift=1 --opt=adamw"
+    for flag in flags.split():
         begin = before(ViT, "forward", lambda model, *_: first.append(model.head.weight.clone()), call=1)
         with begin, before(F, "cross_entropy", lambda _, y: labels.append(y), call=1):
             assert run(cifar, "--epochs=1", "--lr=1e-3", "--augment=none", f"--out={flag}", flag) == 0
@@ -554,9 +556,19 @@ def test_jitter_keeps_every_patch_within_itself_and_the_class_token_in_place(poo
     torch.manual_seed(0)
     model = ViT("axial", depth=1, pool=pool)
     first, pos = model.num_prefix_tokens, model.positions(8, 8)
-    moves = torch.stack([jitter_positions(model, 0.2) - pos for _ in range(200)]) / model.spacing
+    moves = torch.stack([noisy_positions(model, model.grid, 0.2) - pos for _ in range(200)]) / model.spacing
     assert not moves[:, :first].any()
     assert abs(moves[:, first:].std() - 0.2) < 0.01 and 0.4999 < moves.abs().max() < 0.5001
+
+
+def test_shift_moves_all_tokens_by_one_offset_per_step():
+    torch.manual_seed(0)
+    model = ViT("axial", depth=1)
+    moves = torch.stack([noisy_positions(model, 8, shift=3) - model.positions(8, 8) for _ in range(400)])
+    moves /= model.spacing
+    torch.testing.assert_close(moves, moves[:, :1].expand_as(moves), rtol=0, atol=1e-5)
+    assert moves[:, 0].std(dim=0).sub(3).abs().max() < 0.45  # four standard errors
+    assert abs(moves[:, 0].T.corrcoef()[0, 1]) < 0.2
 
 
 def test_bfloat16_autocasts_training_and_test_but_not_the_weights():
