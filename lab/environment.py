@@ -15,12 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(device):
-    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None  # no git, not a checkout, or a copy inside another repository, whose commit says nothing
     if (ROOT / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+            commit = git("rev-parse", "HEAD") + "-dirty" * bool(git("diff", "HEAD", "--name-only", "--", "*.py"))
     return {"device": device_name(device), "torch": str(torch.__version__), "commit": commit, "command": command()}
+
+
+def git(*command):
+    return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def device_name(device):

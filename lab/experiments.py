@@ -51,6 +51,13 @@ FREQUENCIES = [
 NOT_EQUIVARIANT = "spherical", "spherical-learned", "liere"
 SHIFT = each(NOT_EQUIVARIANT, range(6), dataset="bearing-corner", pool="mean", shift=4)
 SHIFT += [run | {"dataset": "cifar100", "shift": 4} for run in SMALL if run["pe"] in NOT_EQUIVARIANT]
+# Four layers of 96 channels, 30 epochs: an hour or two per run on one core. First the encodings that the paper ranks.
+MEDIUM = {"depth": 4, "batch-size": 128, "augment": "3", "epochs": 30}
+MEDIUM = [
+    run | MEDIUM
+    for part in (["ape", "axial", "mixed", "spherical-learned"], ["spherical", "liere"])
+    for run in each(part, **PLAIN_VIT, opt="adamw", compile=True)
+]
 SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate.py's flags, if it is run
     "bearing": (each(seeds=range(6), dataset="bearing"), "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "bearing-corner": (
@@ -60,6 +67,7 @@ SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate
     "bearing-frequencies": (FREQUENCIES, "--regions"),
     "shift": (SHIFT, "--shift 4 --regions"),
     "cifar100-small": (SMALL, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
+    "cifar100-medium": (MEDIUM, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),
 }
@@ -88,6 +96,10 @@ class Stopped(Exception):
     def __init__(self, why, code=0):
         super().__init__(why)
         self.code = code
+
+
+class Failed(Stopped):
+    """A script ended with an error."""
 
 
 def run_set(name, deadline):
@@ -135,7 +147,7 @@ def call(script, deadline):
             raise Stopped("Stopped. Repeat the command to continue.", 128 + e.args[0]) from None
         raise Stopped("Time is up. Repeat the command to continue.") from None
     if process.returncode:
-        raise Stopped(f"error: {shlex.join(map(str, script))} failed", process.returncode)
+        raise Failed(f"error: {shlex.join(map(str, script))} failed", process.returncode)
 
 
 def read(name):

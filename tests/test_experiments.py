@@ -8,16 +8,18 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL, as_flags, complaint
 
 import train
-from lab import distributed, evaluate, experiments, report
+from lab import benchmark, distributed, evaluate, experiments, gpu_first, report
 from lab.environment import environment
 from lab.errors import UserError
-from lab.experiments import SETS, append, read
+from lab.experiments import SETS, Failed, Stopped, append, read
 from lab.files import write_json
 from lab.report import TABLES, table
 from vit import ENCODINGS
@@ -275,3 +277,47 @@ def test_a_copy_inside_another_repository_has_no_commit(monkeypatch, tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path / "theirs"], check=True)
     monkeypatch.setattr("lab.environment.ROOT", copy.parent)
     assert environment("cpu")["commit"] is None
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The scripts that lab.gpu_first starts, with their arguments read as they do it. None of them runs."""
+
+    def call(script, deadline):
+        name, flags = (script[1], script[2:]) if script[0] == "-m" else ("train", script[1:])
+        if name in ("train", "lab.benchmark"):
+            {"train": train, "lab.benchmark": benchmark}[name].parse_args(flags)
+        started.append((name, *map(str, flags)))
+        if outcome := failing.get(name, failing.get(str(flags[0]))):
+            raise outcome
+
+    started, failing = [], {}
+    log = [{"seconds": 20, "test_accuracy": 3}, {"seconds": 30, "test_accuracy": 6.5}]
+    monkeypatch.setattr(gpu_first, "call", call)
+    monkeypatch.setattr(gpu_first, "read_checkpoint", lambda out: {"log": log})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "Popen", lambda script: Mock(poll=lambda: 0))
+    return started, failing
+
+
+def test_what_fails_first_on_a_gpu_is_reported_and_the_rest_still_runs(capsys, started):
+    started, failing = started
+    failing |= {"pytest": Failed("pytest failed", 1), "--pe=liere": Failed("train.py failed", 1)}
+    assert gpu_first.main([]) == 1
+    names = [name for name, *_ in started]
+    assert names == ["pytest", *["train"] * (len(ENCODINGS) + 1), "lab.benchmark", "lab.experiments"]
+    shown = capsys.readouterr().out
+    assert "tests: pytest failed, please report" in shown and "encodings: 1 of 11 failed, please report" in shown
+    assert "\nspherical: 4915 images/s in the second epoch, 6.5 %\n" in shown and "\naccuracies: done\n" in shown
+
+
+def test_the_first_steps_on_a_gpu_end_at_the_deadline(capsys, started):
+    started, failing = started
+    failing["--pe=axial"] = Stopped("Time is up.")
+    assert gpu_first.main(["--minutes=15"]) == 0
+    assert started[-1][1] == "--pe=axial" and "encodings: Time is up." in capsys.readouterr().out
+
+
+def test_the_first_steps_on_a_gpu_need_one(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch finds no GPU" in complaint(capsys, gpu_first.main)
