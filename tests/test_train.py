@@ -126,13 +126,16 @@ def test_the_bar_shows_the_share_of_time_spent_waiting_for_images(monkeypatch):
     assert {"train_seconds": 16, "images_per_second": 1.5}.items() <= read_json(Path("a/result.json")).items()
 
 
-def test_the_environment_names_the_commit_and_uncommitted_changes(monkeypatch):
+def test_the_environment_names_the_commit_and_uncommitted_changes_of_code(monkeypatch):
     monkeypatch.setattr(environment, "ROOT", Path.cwd())
-    Path("code.py").write_text("a")
+    for name in "code.py", "rows.csv":
+        Path(name).write_text("a")
     for words in "init -q", "add .", "-c user.name=a -c user.email=a commit -qm a":
         subprocess.run(["git", *words.split()], check=True)
     commit = environment.environment("cpu")["commit"]
     assert re.fullmatch("[0-9a-f]{40}", commit)
+    Path("rows.csv").write_text("b")  # a result, which does not change the next one
+    assert environment.environment("cpu")["commit"] == commit
     Path("code.py").write_text("b")
     assert environment.environment("cpu")["commit"] == f"{commit}-dirty"
 
