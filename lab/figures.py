@@ -3,11 +3,11 @@
     python -m lab.figures            # the encodings at initialisation, and lab/results/bearing-*.csv
     python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
-The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner and
-bearing-frequencies, the second one curves, learned-frequencies, sizes, shifts and cost, as PNGs into lab/figures/.
-Sizes and shifts need the results of lab.evaluate. With several seeds, lines show the mean and bands the range. Each
-picture is a function that returns a Figure, or None if there is nothing to show. Figure numbers are those of the paper
-(van de Geijn et al. 2025, arXiv 2511.08368).
+The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner, bearing-
+control and bearing-frequencies, the second one curves, learned-frequencies, sizes, shifts and cost, as PNGs into
+lab/figures/. Sizes and shifts need the results of lab.evaluate. With several seeds, lines show the mean and bands the
+range. Each picture is a function that returns a Figure, or None if there is nothing to show. Figure numbers are those
+of the paper (van de Geijn et al. 2025, arXiv 2511.08368).
 """
 
 import io
@@ -34,6 +34,7 @@ from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
 from lab.files import atomic_write
 from lab.pictures import style
+from lab.results.stats import interval
 from lab.run import differing, flag, read_of_run, read_run
 from liere import LieRE
 from rope_axial import AxialRoPE
@@ -368,7 +369,7 @@ def bearing_corner():
         ("a class token, moved along", "cls", "token moved lower right", GREEN, 0),
         ("the mean of all patches", "mean", "region lower right", BLUE, 0.24),
     ]
-    figure = titled("Equivariant models do better in a new place, unless a class token stays at the old one", 6)
+    figure = titled("On average, equivariant models do better in a new place, unless a class token stays behind", 6)
     heights = list(map(len, kinds.values()))
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (kind, pes) in zip(panels, kinds.items(), strict=True):
@@ -380,7 +381,7 @@ def bearing_corner():
                 axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
             for y in set(place):
                 numbers = [x for x, at in zip(accuracy, place, strict=True) if at == y]
-                axes.plot(report.interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
+                axes.plot(interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
                 axes.plot(mean(numbers), y, "|", color=colour, markersize=12, markeredgewidth=2)
         axes.axvline(12.5, color=GREY, linewidth=1, zorder=0)
         axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
@@ -392,11 +393,32 @@ def bearing_corner():
     return figure
 
 
+def bearing_control():
+    """Accuracies to the right of where a model learned and below it, a dot per run (lab/results/bearing-corner.csv)."""
+    rows, ropes, series = experiments.read("bearing-corner"), encodings(24), {}
+    for row in rows:
+        if row["pool"] == "mean" and row["pe"] in ropes and row.get("region upper right"):
+            name = "equivariant encodings" if equivariant(ropes[row["pe"]]) else row["pe"]
+            series.setdefault(name, []).append([float(row[f"region {it}"]) for it in ("upper right", "lower left")])
+    if not series:
+        return None
+    figure = titled("Spherical RoPE, equivariant in x alone, carries over\nto the right, not downwards", 5.4, width=6)
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=PALE, linewidth=1, zorder=0)
+    for (name, found), colour in zip(sorted(series.items()), [SKY, GREEN, RED, ORANGE], strict=False):
+        axes.plot(*zip(*found, strict=True), "o", color=colour, alpha=0.6, markersize=5, clip_on=False, label=name)
+    axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    axes.set_xlabel("accuracy (%) to the right of where it learned: upper right quarter")
+    axes.set_ylabel("below: lower left quarter")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 def bearing_frequencies():
     """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
     if not experiments.read("bearing-frequencies"):
         return None
-    figure = titled("How well axial transfers depends on its period; spherical never transfers well", 3.6)
+    figure = titled("On average, axial carries over by its period, spherical hardly with any", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
         names = []
@@ -591,6 +613,7 @@ OF_ENCODINGS = {
     "frequencies": all_frequencies,
     "equivariance": equivariance,
     "bearing-corner": bearing_corner,
+    "bearing-control": bearing_control,
     "bearing-frequencies": bearing_frequencies,
 }
 OF_RUNS = {

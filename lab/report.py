@@ -11,12 +11,18 @@ import re
 import statistics
 import sys
 
-import numpy as np
-
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
-from lab.experiments import RANGES, RESULTS, ROOT, matches, read
+from lab.experiments import NOT_EQUIVARIANT, RANGES, RESULTS, ROOT, matches, read
 from lab.files import atomic_write, read_json
+from lab.results.stats import (
+    as_text,
+    difference,
+    mean_and_interval,
+    permutation_test,
+    sign_flip_test,
+    standard_error,
+)
 from vit import ENCODINGS
 
 
@@ -26,10 +32,9 @@ def main(argv=None):
     report()
 
 
-PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
-    "table2": (
-        "published, 400 epochs",
-        {
+PUBLISHED = {  # van de Geijn et al. 2025: a table's columns, each a title and its cells
+    "table2": {
+        "CIFAR-100, 400 epochs": {
             "ape": "64.2 ± 0.9",
             "axial": "72.1 ± 0.6",
             "axial-learned": "72.9 ± 0.6",
@@ -39,10 +44,18 @@ PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
             "spherical-learned": "74.1 ± 0.4",
             "liere": "73.1 ± 0.2",
         },
-    ),
-    "table7": (
-        "published, 400 epochs",
-        {
+        "ImageNet-1k, 200 epochs": {
+            "ape": "72.7 ± 0.1",
+            "axial": "75.6 ± 0.2",
+            "axial-learned": "75.7 ± 0.4",
+            "uniform": "74.9 ± 0.3",
+            "mixed": "77.4 ± 0.1",
+            "spherical": "76.4 ± 0.3",
+            "spherical-learned": "77.4 ± 0.2",
+        },
+    },
+    "table7": {
+        "20, 40, 60, 80 % of CIFAR-100": {
             "ape": "45.9, 53.4, 57.7, 59",
             "axial": "55.3, 63.3, 66.0, 69.9",
             "axial-learned": "56.6, 62.5, 66.8, 69.1",
@@ -51,7 +64,7 @@ PUBLISHED = {  # van de Geijn et al. 2025: a column's title and cells
             "spherical": "56.0, 63.6, 67.6, 69.8",
             "spherical-learned": "57.2, 65.3, 69.8, 72.6",
         },
-    ),
+    },
 }
 
 
@@ -60,34 +73,13 @@ def values(name, column="accuracy", **flags):
     return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
 
 
-def mean_and_interval(numbers):
-    """The mean and its 95 % interval, by bootstrap over the seeds; None if there are no numbers."""
-    if not numbers:
-        return None
-    low, high = interval(numbers)
-    return f"{statistics.mean(numbers):.1f}" + (f" ({low:.1f} to {high:.1f})" if len(numbers) > 1 else "")
-
-
-def interval(numbers):
-    """The 95 % bootstrap interval of the mean: the 2.5th and 97.5th percentiles of resampled means."""
-    draws = np.random.default_rng(0).choice(numbers, size=(10_000, len(numbers)))
-    return np.percentile(draws.mean(axis=1), [2.5, 97.5])
-
-
-def permutation_test(a, b):
-    """Two-sided p: the probability that the means of two random groups differ at least as much as those of a and b.
-
-    Over all splits of the numbers into groups of these sizes, or over 100,000 random ones if there are more.
-    """
-    numbers, n = np.array([*a, *b]), len(a)
-    if math.comb(len(numbers), n) <= 100_000:
-        groups = np.array(list(itertools.combinations(range(len(numbers)), n)))
-    else:
-        groups = np.random.default_rng(0).random((100_000, len(numbers))).argsort(axis=1)[:, :n]
-        groups[0] = range(n)  # the observed split is one of them
-    of_group = numbers[groups].sum(axis=1)
-    differences = np.abs(of_group / n - (numbers.sum() - of_group) / (len(numbers) - n))
-    return float(np.mean(differences >= differences[0] - 1e-9))
+def paired(name, *series):
+    """A list of numbers for each (column, flags) in series, from the seeds that all of them have."""
+    found = [
+        {row["seed"]: float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)}
+        for column, flags in series
+    ]
+    return [[numbers[seed] for seed in sorted(set.intersection(*map(set, found)))] for numbers in found]
 
 
 def measured(name, column="accuracy", **flags):
@@ -136,6 +128,7 @@ def shifts(name):
     return [(title, measured(name, column)) for title, column in found.items()]
 
 
+ROTARY = [pe for pe, rope in ENCODINGS.items() if rope]
 PLACES = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
 
 
@@ -157,6 +150,8 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
+    "cifar100-medium": sizes("cifar100-medium", 24, 48, 64),
+    "cifar100-medium-shifts": shifts("cifar100-medium"),
     "cifar100-small": sizes("cifar100-small", 24, 48, 64),
     "cifar100-small-shifts": shifts("cifar100-small"),
     "cost": [
@@ -200,15 +195,20 @@ def peers():
 
 
 def frequencies():
-    """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them."""
+    """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them.
+
+    p tests the difference between the two encodings in the opposite corner.
+    """
     lines = []
     for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
-        flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
-        found = [values("bearing-frequencies", f"region {place}", **flags) for place in PLACES.values()]
+        name, flags = "bearing-frequencies", {"pe-options": f"theta={theta}", "pos-scale": scale}
+        found = [values(name, f"region {place}", pe=pe, **flags) for place in PLACES.values()]
         if found[0]:
-            cells = map(mean_and_interval, found)
-            lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells, str(len(found[0]))])
-    return [["`--pe`", "frequencies (period in patches)", *PLACES, "seeds"], *lines]
+            other = pe != "axial" and values(name, "region lower right", pe="axial", **flags)
+            p = as_text(permutation_test(found[1], other)) if other else ""
+            cells = [*map(mean_and_interval, found), str(len(found[0])), p]
+            lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells])
+    return [["`--pe`", "frequencies (period in patches)", *PLACES, "seeds", "p, opposite corner"], *lines]
 
 
 def frequency_range(pe, theta, scale):
@@ -220,12 +220,14 @@ def frequency_range(pe, theta, scale):
 def corner_test():
     """Rows that test whether equivariant encodings do better in the opposite corner."""
     lines = []
-    for title, pool, column in (
-        ("mean", "mean", "region lower right"),
-        ("cls", "cls", "region lower right"),
-        ("cls, token moved", "cls", "token moved lower right"),
+    for title, pool, column, without in (
+        ("mean", "mean", "region lower right", None),
+        ("mean, without `uniform`", "mean", "region lower right", "uniform"),
+        ("cls", "cls", "region lower right", None),
+        ("cls, token moved", "cls", "token moved lower right", None),
     ):
-        found = {pe: values("bearing-corner", column, pe=pe, pool=pool) for pe, rope in ENCODINGS.items() if rope}
+        rotary = [pe for pe in ROTARY if pe != without]
+        found = {pe: values("bearing-corner", column, pe=pe, pool=pool) for pe in rotary}
         runs = [(file_of(pe), number) for pe, numbers in found.items() for number in numbers]
         encodings = [(file_of(pe), statistics.mean(numbers)) for pe, numbers in found.items() if numbers]
         files = [(file, statistics.mean(mean for of, mean in encodings if of == file)) for file in dict(encodings)]
@@ -238,7 +240,10 @@ def corner_test():
                     title,
                     *(f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})" for means in (a, b)),
                     f"{statistics.mean(a) - statistics.mean(b):.1f} ± {error:.1f}",
-                    *(f"{p_value(*by_kind(pairs))} ({len(pairs)} {name})" for name, pairs in tests.items()),
+                    *(
+                        f"{as_text(permutation_test(*by_kind(pairs)))} ({len(pairs)} {name})"
+                        for name, pairs in tests.items()
+                    ),
                 ]
             )
     titles = ["equivariant", "not equivariant", "difference, s.e.", "p over encodings", "p over files", "p over runs"]
@@ -260,40 +265,71 @@ def file_of(pe):
     return getattr(ENCODINGS[pe], "func", ENCODINGS[pe]).__module__
 
 
-def p_value(a, b):
-    """permutation_test's p as text, with three digits."""
-    p = permutation_test(a, b)
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+def control():
+    """Rows of what the same runs carry over along x and along y; and with positions moved by half an image instead.
+
+    With the two quarters' difference, its standard error over seeds and p by flipping its signs.
+    """
+    lines = []
+    for pe in ROTARY:
+        flags = {"pe": pe, "pool": "mean"}
+        places = "region upper left", "region upper right", "region lower left", "all moved right", "all moved down"
+        learned, right, below, *moved = paired("bearing-corner", *((place, flags) for place in places))
+        if right:
+            cells = [*map(mean_and_interval, (learned, right, below)), difference(right, below)]
+            cells += [as_text(sign_flip_test(right, below)), *map(mean_and_interval, moved), str(len(right))]
+            lines.append([f"`{pe}`", *cells])
+    titles = ["where it learned", "upper right", "lower left", "difference, s.e.", "p", "moved right", "moved down"]
+    return [["`--pe`", *titles, "seeds"], *lines]
+
+
+def under_shifts():
+    """Rows of encodings that are not equivariant, trained as usual and under shifts of all positions."""
+    places = PLACES | {"moved right": "all moved right", "moved down": "all moved down"}
+    lines = []
+    for pe, (shift, name) in itertools.product(NOT_EQUIVARIANT, {"0": "bearing-corner", "4": "shift"}.items()):
+        columns = [f"region {place}" if place in PLACES.values() else place for place in places.values()]
+        found = [values(name, column, pe=pe, dataset="bearing-corner", pool="mean") for column in columns]
+        if found[-1]:
+            lines.append([f"`{pe}`", shift, *map(mean_and_interval, found), str(len(found[-1]))])
+    return [["`--pe`", "`--shift`", *places, "seeds"], *lines]
+
+
+def compared():
+    """Rows of bearing's differences to two encodings, paired by seed, with standard errors and permutation tests."""
+    lines, others = [], ("axial", "liere")
+    for pe in ROTARY:
+        cells = []
+        for other in others:
+            ours, theirs = paired("bearing", *(("accuracy", {"pe": of}) for of in (pe, other)))
+            told = ours and pe != other
+            cells += [difference(ours, theirs), as_text(permutation_test(ours, theirs))] if told else ["", ""]
+        if any(cells):
+            lines.append([f"`{pe}`", *cells])
+    return [["`--pe`", *itertools.chain(*((f"minus `{other}`, s.e.", "p") for other in others))], *lines]
 
 
 def differences():
     """Rows of the rotary encodings' differences on cifar100-small, from the seeds that all of them have."""
-    rows = read("cifar100-small")
-    rotary = [pe for pe, rope in ENCODINGS.items() if rope]
-    found = {pe: {row["seed"]: float(row["accuracy"]) for row in rows if row["pe"] == pe} for pe in rotary}
-    found = {pe: accuracies for pe, accuracies in found.items() if accuracies}
-    shared = set.intersection(*map(set, found.values())) if found else ()
-    if len(found) < 2 or len(shared) < 2:
+    known = [pe for pe in ROTARY if values("cifar100-small", pe=pe)]
+    found = paired("cifar100-small", *(("accuracy", {"pe": pe}) for pe in known))
+    if len(found) < 2 or len(found[0]) < 2:
         return []
-    numbers = np.array([[accuracies[seed] for seed in shared] for accuracies in found.values()])
-    means, error = numbers.mean(axis=1), standard_error(numbers)
-    lines = [[f"`{pe}`", *(f"{means[i] - mean:+.2f}" for mean in means[:i])] for i, pe in enumerate(found)]
-    titles = [f"row - column, s.e. {error:.2f}", *(f"`{pe}`" for pe in found)]
-    return [titles[:-1], *(line + [""] * (len(found) - len(line)) for line in lines[1:])]
+    means, error = list(map(statistics.mean, found)), standard_error(found)
+    lines = [[f"`{pe}`", *(f"{means[i] - mean:+.2f}" for mean in means[:i])] for i, pe in enumerate(known)]
+    titles = [f"row - column, s.e. {error:.2f}", *(f"`{pe}`" for pe in known)]
+    return [titles[:-1], *(line + [""] * (len(known) - len(line)) for line in lines[1:])]
 
 
-def standard_error(numbers):
-    """The standard error of the difference of any two rows' means, for numbers (encodings, seeds).
-
-    Differences are taken seed by seed, because runs with the same seed see the same batches. All rows are assumed to
-    have the same variance, which makes the most of few seeds: this is the two-way analysis of variance.
-    """
-    k, n = numbers.shape
-    rest = numbers - numbers.mean(axis=1, keepdims=True) - numbers.mean(axis=0) + numbers.mean()
-    return math.sqrt(2 * (rest**2).sum() / ((k - 1) * (n - 1)) / n)
-
-
-OTHER_TABLES = {"peers": peers, "frequencies": frequencies, "corner-test": corner_test, "differences": differences}
+OTHER_TABLES = {
+    "peers": peers,
+    "frequencies": frequencies,
+    "corner-test": corner_test,
+    "control": control,
+    "under-shifts": under_shifts,
+    "compared": compared,
+    "differences": differences,
+}
 
 
 def report(paths=(ROOT / "README.md", RESULTS / "README.md")):
@@ -328,15 +364,15 @@ def table(name):
 
 
 def of_encodings(name):
-    """A row per encoding and a column per title, where anything was measured."""
-    found = {pe: [cell(pe) for _, cell in TABLES[name]] for pe in ENCODINGS}
+    """A row per encoding and a column per title, where anything was measured or published."""
+    published = [(f"published: {title}", cells.get) for title, cells in PUBLISHED.get(name, {}).items()]
+    columns = [*published, *TABLES[name]]
+    found = {pe: [cell(pe) for _, cell in columns] for pe in ENCODINGS}
     found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
     kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
-    title, theirs = PUBLISHED.get(name, (None, {}))
-    lines = [["`--pe`", *[title] * bool(title), *(TABLES[name][i][0] for i in kept)]]
-    for pe, cells in found.items():
-        lines.append([f"`{pe}`", *[theirs.get(pe, "-")] * bool(title), *(cells[i] or "-" for i in kept)])
-    return lines
+    not_run = ["not run yet"] * (len(kept) == len(published) > 0)
+    lines = [["`--pe`", *(columns[i][0] for i in kept), *(["here"] if not_run else [])]]
+    return lines + [[f"`{pe}`", *(cells[i] or "-" for i in kept), *not_run] for pe, cells in found.items()]
 
 
 if __name__ == "__main__":
