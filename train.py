@@ -52,7 +52,7 @@ FLAGS = {  # whose defaults depend on the data set or --init: type or choices, d
     "batch_size": (COUNT, 64, "images per step"),
     "augment": (("none", "3", "mix"), "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
     "opt": (OPTIMIZERS, "adamw", "optimizer"),
-    "lr": (POSITIVE, None, "peak learning rate; None: lamb 0.004, adamw 0.001; --init: a tenth, low for another --pe"),
+    "lr": (POSITIVE, None, "peak learning rate; lamb 0.004, adamw 0.001; --init: a tenth, low for another --pe"),
     "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
     "patch_size": (COUNT, 4, "patch size in pixels"),
     "depth": (COUNT, 2, "blocks"),
@@ -90,26 +90,33 @@ def parse_args(argv=None):
     """Parse the command line; flags that are not given come from the data set's recipe."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="its options, such as block_size=4 theta=50")
-    add("--dataset", choices=DATASETS, default="cifar100", help="data set (%(default)s)")
+    add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="options of --pe, such as theta=50")
+    drawn = "bearing is drawn here: which way is blue from red? bearing-corner: the same, trained in one quarter"
+    add("--dataset", choices=DATASETS, default="cifar100", help=f"data set (%(default)s); {drawn}")
     add("--seed", type=number(int, 0), default=0, help="random seed (%(default)s)")
     add("--out", type=folder, help="run folder (runs/<dataset>-<pe>-s<seed>)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--init", type=Path, help="start from the model in a run's folder or a file (see lab.pretrained), of any --pe")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add("--skip-corrupt", action="store_const", const=True, help="imagenet: skip images that cannot be read")
-    add("--fraction", type=number(float, most=1), default=1.0, help="train on part of the images, for as many steps")
+    add(
+        "--fraction",
+        type=number(float, most=1),
+        default=1.0,
+        help="train on this part of the images, with no fewer steps",
+    )
     add("--eval-size", type=COUNT, help="side of the test images in pixels, if different")
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
-    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="s.d. of each training position, in patches (%(default)s)")
-    add("--shift", type=NOT_NEGATIVE, default=0.0, help="s.d. of one offset of them all, in patches (%(default)s)")
+    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="s.d. of an offset of each patch, in patches (%(default)s)")
+    add("--shift", type=NOT_NEGATIVE, default=0.0, help="s.d. of an offset of all tokens, in patches (%(default)s)")
     add("--ape", action=argparse.BooleanOptionalAction, help="add a learned absolute embedding (no)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (if on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (on CUDA only)")
     for name, (kind, default, what) in FLAGS.items():
         shown = [f"{of} {recipe[name]}" for of, recipe in RECIPES.items() if name in recipe]
+        shown += [f"else {default}" if shown else f"{default}"] * (default is not None)
         options = {"type": kind} if callable(kind) else {"choices": kind}
-        add(f"--{name.replace('_', '-')}", help=f"{what} ({', '.join([*shown, f'else {default}'])})", **options)
+        add(f"--{name.replace('_', '-')}", help=what + f" ({', '.join(shown)})" * bool(shown), **options)
     add_device_flags(parser)
 
     args = parser.parse_args(argv)

@@ -105,7 +105,7 @@ def parse_args(argv):
     add("--pe-options", nargs="+", default=[], metavar="NAME=VALUE", help="options of the encodings' constructors")
     add("--repeats", type=number(int, least=2), help="turns per comparison (5, on CUDA 20)")
     add_device_flags(parser)
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (if on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile models and encodings (on CUDA only)")
     add("--photos", type=Path, metavar="DIR", help="decoding: a folder of images, searched recursively")
     add("--json", type=Path, metavar="FILE", help="write each row to FILE as soon as it is measured")
     args = parser.parse_args(argv)
