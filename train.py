@@ -99,12 +99,7 @@ def parse_args(argv=None):
     add("--init", type=Path, help="start from the model in a run's folder or a file (see lab.pretrained), of any --pe")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add("--skip-corrupt", action="store_const", const=True, help="imagenet: skip images that cannot be read")
-    add(
-        "--fraction",
-        type=number(float, most=1),
-        default=1.0,
-        help="train on this part of the images, with no fewer steps",
-    )
+    add("--fraction", type=number(float, most=1), default=1.0, help="part of the training images; steps stay the same")
     add("--eval-size", type=COUNT, help="side of the test images in pixels, if different")
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
