@@ -23,39 +23,32 @@ from types import SimpleNamespace
 
 import matplotlib
 import torch
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from PIL import Image
 
-from comrope import ComRoPE
 from lab import experiments, report
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
 from lab.files import atomic_write
-from lab.pictures import style
+from lab.pictures import BLUE, COLOURS, FROM_ZERO, GREEN, GREY, ORANGE, PALE, RED, SIGNED, SKY, STYLE, heading, style
 from lab.results.stats import interval
+from lab.rotations import (
+    channel_groups,
+    encodings,
+    equivariance_error,
+    equivariant,
+    frequencies,
+    grid,
+    patterns,
+    scores,
+    symmetry,
+    walk,
+)
 from lab.run import differing, flag, read_of_run, read_run
-from liere import LieRE
-from rope_axial import AxialRoPE
 from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 from vit import ENCODINGS
-
-# Okabe and Ito's palette, safe for colour-blind readers.
-COLOURS = BLUE, ORANGE, RED, PURPLE, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9"
-GREY, PALE = "#777777", "#cccccc"
-SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "white", RED])
-FROM_ZERO = LinearSegmentedColormap.from_list("from zero", ["white", ORANGE, RED, "black"])
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
 
 
 @one_line_errors
@@ -92,100 +85,11 @@ def write_film(path, figures):
 def titled(title, height, width=9):
     """An empty figure, sizes in inches; at a width of 9 its text is legible on a page of 800 pixels."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    heading(figure, title)
     return figure
 
 
-# What the encodings do, in numbers.
-
-
-def encodings(head_dim, num_heads=1):
-    """{name: encoding} of all rotary encodings at initialisation, the equivariant ones first."""
-    ropes = {}
-    for pe, make in ENCODINGS.items():
-        torch.manual_seed(18)  # a seed at which every group in attention() turns visibly
-        if make is LieRE:  # without blocks, its head is a single group
-            ropes["liere, b = 8"] = LieRE(head_dim, num_heads, block_size=8)
-        if make is not None:
-            ropes[pe] = make(head_dim, num_heads)
-    return dict(sorted(ropes.items(), key=lambda item: not equivariant(item[1])))
-
-
-def grid(n, half=math.pi):
-    """n x n positions (n * n, 2) over the square of [-half, half], row by row."""
-    x = torch.linspace(-half, half, n, dtype=torch.float64)
-    return torch.cartesian_prod(x, x).flip(-1)
-
-
-@torch.no_grad()
-def channel_groups(rope):
-    """The channels that R mixes with each other: a list of indices for each group of more than one.
-
-    An entry of R that is not 0 links two channels; groups are the connected components.
-    """
-    R = rope.rotation(torch.randn(16, 2, dtype=torch.float64))  # (H or 1, T, D, D)
-    linked = R.abs().amax(dim=(0, 1)) > 1e-9
-    linked = torch.linalg.matrix_power(linked.double(), len(linked)) > 0  # by paths of any length
-    groups = {tuple(row.nonzero().flatten().tolist()) for row in linked}
-    return [list(group) for group in sorted(groups) if len(group) > 1]
-
-
-@torch.no_grad()
-def patterns(rope, pos):
-    """Scores of a random query at 0 with itself as the key at pos (T, 2): (groups + 1, T), the last for the whole head.
-
-    Relative to the query's squared norm in these channels: the cosine of the angle by which R turns it.
-    """
-    R = rope.rotation(pos)[0]  # (T, D, D), of the first head
-    q = torch.randn(R.shape[-1], dtype=R.dtype)
-    products = q[:, None] * (R @ q).T  # (D, T)
-    groups = [*channel_groups(rope), list(range(len(q)))]
-    return torch.stack([products[g].sum(dim=0) / q[g].square().sum() for g in groups])
-
-
-@torch.no_grad()
-def equivariance_error(rope, p, q):
-    """|R(p)^T R(q) - R(q - p)| for p (2,) and q (T, 2): (T,) spectral norms, from 0 to 2, of the worst head.
-
-    The largest difference between the score of a query and a key of norm 1 at p and q and their score at 0 and q - p.
-    """
-    difference = rope.rotation(p[None]).mT @ rope.rotation(q) - rope.rotation(q - p)
-    return torch.linalg.matrix_norm(difference, ord=2).amax(dim=0)
-
-
-def equivariant(rope):
-    """Whether R(p)^T R(q) = R(q - p), at random positions."""
-    p, q = torch.randn(2, 16, 2, dtype=torch.float64)
-    return bool(equivariance_error(rope, p[0], q).max() < 1e-6)
-
-
-@torch.no_grad()
-def walk(rope, z, *steps):
-    """The path of z (D,) as R(s step), s from 0 to 1, turns it by each step (2,) in turn: (steps, 60, D)."""
-    s, paths = torch.linspace(0, 1, 60, dtype=torch.float64)[:, None], []
-    for step in steps:
-        paths.append(rope.rotation(s * torch.tensor(step, dtype=torch.float64))[0] @ z)
-        z = paths[-1][-1]
-    return torch.stack(paths)
-
-
-@torch.no_grad()
-def frequencies(rope):
-    """(w_x, w_y) of each head's groups (H or 1, 2, groups) in radians per unit of position; None if it has none.
-
-    A ComRoPE block is b / 2 pairs in another basis; its frequencies are the eigenvalues of theta_x B and theta_y B.
-    """
-    if isinstance(rope, ComRoPE):
-        w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w
-        return torch.einsum("mk,hkl->hmkl", rope.factors(w.dtype), w).flatten(2)
-    if isinstance(rope, AxialRoPE):  # half of the pairs encode x, the others y
-        return torch.stack([torch.block_diag(*w) for w in rope.frequencies()[:, :, None].unbind()])
-    if isinstance(rope, SphericalRoPE):
-        return rope.frequencies().clone()
-    return rope.freqs.clone() if hasattr(rope, "freqs") else None
-
-
-# The same in pictures.
+# What the encodings do.
 
 
 def attention():
@@ -196,8 +100,8 @@ def attention():
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
         groups = [groups[i * len(groups) // 4] for i in range(3)] if len(groups) > 1 else []
-        for axes, scores in zip(column[::-1], [head, *reversed(groups)], strict=False):
-            image = axes.imshow(scores.numpy(), cmap=SIGNED, vmin=-1, vmax=1, extent=(-2, 2, 2, -2))
+        for axes, pattern in zip(column[::-1], [head, *reversed(groups)], strict=False):
+            image = axes.imshow(pattern.numpy(), cmap=SIGNED, vmin=-1, vmax=1, extent=(-2, 2, 2, -2))
             axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
         column[0].set_title(name.replace("-", "\n").replace(", ", "\n"))
         if not groups:
@@ -325,29 +229,29 @@ def moving_query(frames=40):
     """
     n, names = 45, ("axial", "mixed", "comrope-ld", "spherical", "liere, b = 8")
     ropes = {name: rope for name, rope in encodings(24).items() if name in names}
-    R = {name: rope.rotation(grid(n, 1.5 * math.pi))[0] for name, rope in ropes.items()}  # (n * n, D, D), of keys
     z = torch.randn(24, dtype=torch.float64)  # the query, and every key
+    keys = {name: rope.rotation(grid(n, 1.5 * math.pi))[0] @ z for name, rope in ropes.items()}  # (n * n, D)
     figure = titled("Move the query: equivariant patterns move with it, the others change shape", 4.2)
-    rows, shown = figure.subplots(2, len(names)), {}
+    rows, shown = figure.subplots(2, len(names)), []
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
-        for axes, group in zip(column, (tuple(channel_groups(rope)[0]), tuple(range(24))), strict=True):
+        for axes, group in zip(column, (channel_groups(rope)[0], range(24)), strict=True):
             image = axes.imshow(
                 torch.zeros(n, n).numpy(), SIGNED.resampled(9), vmin=-1, vmax=1, extent=(-1.5, 1.5, 1.5, -1.5)
             )
             axes.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], "--", color="black", linewidth=0.7)
             (dot,) = axes.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=6)
             axes.set(xticks=[], yticks=[])
-            shown[name, group] = image, dot
-        column[0].set_title(f"{name}\n{'equivariant' if equivariant(rope) else 'not equivariant'}")
+            shown.append((name, group, image, dot))
+        column[0].set_title(f"{name}\n{symmetry(rope)}")
     for axes, label in zip(rows[:, 0], ["a group", "the head"], strict=True):
         axes.set_ylabel(label)
     about = "dot: query; orange: high score for a key there, blue: low; dashed: extent of a training image"
     figure.supxlabel(about, fontsize=10)
     for angle in torch.linspace(0, 2 * math.pi, frames + 1, dtype=torch.float64)[:-1]:
         p = 0.75 * math.pi * torch.stack([angle.sin(), (2 * angle).sin()])
-        for (name, group), (image, dot) in shown.items():
-            products = (ropes[name].rotation(p[None])[0, 0] @ z) * (R[name] @ z)  # (n * n, D)
-            image.set_data((products[:, group].sum(dim=1) / z[list(group)].square().sum()).view(n, n).numpy())
+        for name, group, image, dot in shown:
+            query = ropes[name].rotation(p[None])[0, 0] @ z
+            image.set_data(scores(query, keys[name], group).view(n, n).numpy())
             dot.set_data(*(p / math.pi)[:, None])
         yield figure
         figure.set_layout_engine("none")  # keep that of the first frame
@@ -362,8 +266,7 @@ def bearing_corner():
     if not rows:
         return None
     for pe in dict.fromkeys(row["pe"] for row in rows):
-        kind = "no rotation" if pe not in ropes else "equivariant" if equivariant(ropes[pe]) else "not equivariant"
-        kinds.setdefault(kind, []).append(pe)
+        kinds.setdefault(symmetry(ropes[pe]) if pe in ropes else "no rotation", []).append(pe)
     series = [
         ("a class token", "cls", "region lower right", RED, -0.24),
         ("a class token, moved along", "cls", "token moved lower right", GREEN, 0),

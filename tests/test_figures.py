@@ -11,8 +11,9 @@ from PIL import Image
 
 import train
 from lab import evaluate, experiments, figures
-from lab.figures import OF_ENCODINGS, OF_RUNS, channel_groups, encodings, equivariance_error, frequencies, grid, walk
+from lab.figures import OF_ENCODINGS, OF_RUNS
 from lab.files import read_json, write_json
+from lab.rotations import channel_groups, encodings, equivariance_error, frequencies, grid, patterns, walk
 from vit import ENCODINGS
 
 P = torch.tensor([1.5, 0.8], dtype=torch.float64)
@@ -44,10 +45,10 @@ def test_patterns_are_the_scores_of_a_query_with_itself_turned_row_by_row():
     assert grid(3, 1).tolist() == [[x, y] for y in (-1, 0, 1) for x in (-1, 0, 1)]
     for name, rope in encodings(24, 2).items():
         torch.manual_seed(3)
-        patterns = figures.patterns(rope, grid(5))
+        found = patterns(rope, grid(5))
         torch.manual_seed(3)
         q, R = torch.randn(24, dtype=torch.float64), rope.rotation(grid(5))[0].detach()
-        for scores, group in zip(patterns, [*channel_groups(rope), [*range(24)]], strict=True):
+        for scores, group in zip(found, [*channel_groups(rope), [*range(24)]], strict=True):
             z = torch.zeros_like(q)
             z[group] = q[group]
             close(scores, (R @ z) @ z / (z @ z), msg=name)
