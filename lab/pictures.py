@@ -1,4 +1,4 @@
-"""The look of all pictures: matplotlib's own defaults, whatever a matplotlibrc says, and our colours. A run's curves."""
+"""The look of all pictures: matplotlib's defaults, whatever a matplotlibrc says, and our colours. A run's curves."""
 
 import matplotlib.style
 from matplotlib.colors import LinearSegmentedColormap

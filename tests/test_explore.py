@@ -1,0 +1,254 @@
+"""lab.explore: mouse and keys do what the window says, and what it shows is what encodings and models compute."""
+
+
+import matplotlib
+import pytest
+import torch
+from conftest import complaint, make_imagenet, run
+from matplotlib.backend_bases import KeyEvent, MouseEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lab import explore
+from lab.explore import HEAD_DIM, PATCH, Encodings, chosen
+from lab.rotations import grid
+from vit import ENCODINGS
+
+
+class Sixth(torch.nn.Module):
+    """An encoding with no more than the contract: channels 0 and 5 turn with x and y, the others not at all."""
+
+    def __init__(self, head_dim, num_heads):
+        super().__init__()
+        self.head_dim = head_dim
+
+    def rotation(self, pos):
+        A = torch.zeros(self.head_dim, self.head_dim, dtype=pos.dtype)
+        A[0, 5], A[5, 0] = -1, 1
+        return torch.matrix_exp((pos[:, 0] + 2 * pos[:, 1])[:, None, None] * A)[None]
+
+    def rotate(self, x, pos):
+        return (self.rotation(pos).to(x.dtype) @ x[..., None])[..., 0]
+
+    def forward(self, q, k, pos):
+        return self.rotate(q, pos), self.rotate(k, pos)
+
+
+def shown(page):
+    """The page on a canvas, as if in a window."""
+    page.place()
+    page.figure.canvas.draw()
+    return page
+
+
+def canvas():
+    figure = Figure(explore.SIZE)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def mouse(axes, x, y, *names, to=None):
+    """Press the left button at x, y of the axes, and drag to another point."""
+    for name, at in (("button_press_event", (x, y)), ("motion_notify_event", to or (x, y))):
+        pixels = axes.transData.transform(at)
+        event = MouseEvent(name, axes.figure.canvas, *pixels, button=1)
+        axes.figure.canvas.callbacks.process(name, event)
+    event = MouseEvent("button_release_event", axes.figure.canvas, *pixels, button=1)
+    axes.figure.canvas.callbacks.process(event.name, event)
+
+
+def key(page, name):
+    page.figure.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", page.figure.canvas, name))
+
+
+def maps(column):
+    return [torch.from_numpy(image.get_array().data.copy()).flatten() for image in column.images]
+
+
+def assert_scores(page, query, group=0):
+    """All maps show q^T R(p)^T R(p') q / |q|^2, with positions shifted and scaled as the sliders say."""
+    shift, factor = (torch.tensor([float(s.val) for s in page.shift]), page.factor.val)
+    at = torch.arange(0, 61 * 61, 97)
+    for column in page.columns:
+        places = torch.cat([torch.tensor([query]), grid(61, 10)[at]])
+        R = column.rope.rotation(factor * PATCH * (places + shift))[0]
+        channels = column.groups[group % len(column.groups)]
+        assert [dot.get_xydata().tolist()[0] for dot in column.dots] == [pytest.approx(query)] * 2
+        for found, part in zip(maps(column), [channels, range(HEAD_DIM)], strict=True):
+            z = torch.zeros(HEAD_DIM)
+            z[list(part)] = page.z[list(part)]
+            want = (R[1:] @ z) @ (R[0] @ z) / z.square().sum()
+            torch.testing.assert_close(found[at], want, rtol=0, atol=1e-9)
+
+
+@pytest.fixture
+def page(float64, monkeypatch):
+    monkeypatch.setitem(ENCODINGS, "sixth", Sixth)
+    return shown(Encodings(canvas(), chosen(["axial", "mixed", "spherical", "sixth"])))
+
+
+def test_the_query_moves_in_all_maps_to_where_one_clicks_or_drags(page):
+    assert len(page.columns) == 4 and page.columns[2].groups == [[0, 5]]
+    assert_scores(page, [0.0, 0.0])
+    mouse(page.columns[1].axes[1], 3, -2)
+    assert_scores(page, [3.0, -2.0])
+    mouse(page.columns[3].axes[0], 3, -2, to=(-7, 4.5))
+    assert_scores(page, [-7.0, 4.5])
+
+
+def test_a_shift_changes_only_what_is_not_equivariant(page):
+    mouse(page.columns[0].axes[0], 3, -2)
+    for name, axes in zip("xy", page.cells, strict=False):
+        before = [maps(column)[1] for column in page.columns]
+        mouse(axes, 0, 0.5, to=(5, 0.5))
+        assert_scores(page, [3.0, -2.0])
+        for column, old in zip(page.columns, before, strict=True):
+            changed = (maps(column)[1] - old).abs().max()
+            if "spherical" in column.axes[0].get_title() and name == "y":
+                assert changed > 0.1 and column.change.get_text() == f"{changed:.2f}"
+            else:
+                assert changed < 1e-9 and column.change.get_text() == "0.00"
+    assert [control.val for control in page.shift] == [5, 5]
+
+
+def test_keys_and_the_factor_do_what_the_window_says(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    q = page.z
+    mouse(page.columns[0].axes[0], 3, -2)
+    mouse(page.cells[0], 0, 0.5, to=(-3, 0.5))
+    mouse(page.cells[2], 1, 0.5, to=(2, 0.5))
+    key(page, "g")
+    assert page.factor.val == pytest.approx(2, abs=0.05)
+    assert_scores(page, [3.0, -2.0], group=1)
+    assert page.columns[0].axes[0].get_xlabel() == "channels 2 to 3"
+    key(page, "n")
+    assert not torch.equal(page.z, q)
+    assert_scores(page, [3.0, -2.0], group=1)
+    key(page, "r")
+    assert page.factor.val == 1 and not page.offset.any()
+    assert_scores(page, [0.0, 0.0])
+    for i in 1, 2:
+        key(page, "s")
+        assert Image.open(f"explore-{i}.png").size == (1400, 800)
+
+
+def test_all_encodings_are_shown_unless_some_are_named(monkeypatch):
+    names = {name.partition(",")[0] for name in chosen(None)}
+    assert names == {name for name, make in ENCODINGS.items() if make}
+    assert list(chosen(["spherical", "mixed"])) == ["mixed", "spherical"] and len(chosen(["liere"])) == 2
+
+
+# A trained model
+
+
+def opened(out, *flags):
+    """The page of a run."""
+    return shown(explore.trained(canvas(), explore.parse_args([out, *flags])))
+
+
+def independent(page, pos):
+    """(logits, weights (H, T, T) by layer), the weights from what each attention layer is given."""
+    layers = []
+
+    def record(attn, inputs):
+        q, k, _ = attn.qkv(inputs[0]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if attn.rope is not None:
+            R = attn.rope.rotation(inputs[1])
+            q, k = ((R @ x[..., None])[..., 0] for x in (q, k))
+        layers.append(torch.softmax(torch.einsum("bhsd,bhtd->bhst", q, k) / q.shape[-1] ** 0.5, -1)[0])
+
+    hooks = [block.attn.register_forward_pre_hook(record) for block in page.model.blocks]
+    logits = page.model(page.normalise(page.image), pos)[0]
+    for hook in hooks:
+        hook.remove()
+    return logits, layers
+
+
+def assert_shows(page, token, layer, pos):
+    """The page shows this layer's attention from patch x, y and the class token, and the best classes."""
+    logits, layers = independent(page, pos)
+    n, prefix = page.side, page.prefix
+    rows = [prefix + token[1] * n + token[0], 0][: 1 + prefix]
+    want = [layers[layer][head, row, prefix:] for row in rows for head in range(2)]
+    assert len(page.weights) == len(want)
+    for image, (_, caption), weights in zip(page.weights, page.maps, want, strict=True):
+        found = torch.from_numpy(image.get_array().data).flatten()
+        torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
+        assert f"{100 * weights.max():.1f} %" in caption.get_text()
+    assert all(square.get_xy() == (token[0] - 0.5, token[1] - 0.5) for square in page.squares)
+    p, classes = logits.softmax(0).topk(5)
+    texts = [f"{page.names[i]}  {100 * share:.1f} %" for share, i in zip(p, classes, strict=True)]
+    assert [text.get_text() for _, text in page.best] == texts
+    assert [bar.get_width() for bar, _ in page.best] == pytest.approx(p.tolist())
+
+
+def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_bearing):
+    assert run("--pe=spherical", "--epochs=1", "--out=run") == 0
+    page = opened("run")
+    for block in page.model.blocks:  # far from uniform
+        block.attn.qkv.weight.mul_(8)
+    page.look()
+    pos = page.model.positions(8, 8)
+    assert_shows(page, (4, 4), 0, pos)
+    mouse(page.picture, 2.4, 6.6)
+    mouse(page.maps[3][0], 2, 6, to=(5, 1))
+    key(page, "right")
+    assert_shows(page, (5, 1), 1, pos)
+    assert "Layer 2 of 2" in page.figure.get_suptitle()
+    mouse(page.cells[1], 0, 0.5, to=(3, 0.5))
+    moved = pos + page.model.spacing * torch.tensor([0.0, 3.0])
+    assert_shows(page, (5, 1), 1, moved)
+    box = page.cells[2].transAxes + page.cells[2].transData.inverted()
+    mouse(page.cells[2], *box.transform((0.15, 0.5)))
+    moved[0] = 0
+    assert_shows(page, (5, 1), 1, moved)
+    before, title = page.image, page.picture.get_title()
+    key(page, "n")
+    assert not torch.equal(page.image, before) and page.picture.get_title() != title
+    assert_shows(page, (5, 1), 1, moved)
+    key(page, "r")
+    assert_shows(page, (4, 4), 0, pos)
+
+
+@pytest.mark.parametrize("flags, sources", [("--pe=none", 2), ("--pe=ape", 2), ("--pe=mixed --pool=mean", 1)])
+def test_every_kind_of_model_is_shown(flags, sources, tiny_bearing):
+    assert run(*flags.split(), "--epochs=1", "--out=run") == 0
+    Image.new("RGB", (50, 40), "red").save("mine.png")
+    page = opened("run", "--image=mine.png")
+    assert len(page.weights) == 2 * sources and page.picture.get_title() == "mine.png"
+    assert page.image.unique().tolist() == [0, 1]
+    assert_shows(page, (4, 4), 0, page.model.positions(8, 8))
+    for name in "left", "n", "r":
+        key(page, name)
+    assert page.along is None and len(page.shift) == (2 if "mixed" in flags else 0)
+
+
+def test_classes_have_names(tiny_bearing):
+    def names(dataset, known="", data=None):
+        return explore.class_names({"dataset": dataset, "data_set": known}, data)
+
+    assert names("bearing-corner")[:3] == ("right", "lower right", "down")
+    assert len(set(names("cifar100"))) == 100 and names("cifar100")[:2] == ["apple", "aquarium fish"]
+    assert names("imagenet", "ImageNet-1k")[1] == "goldfish" and names("imagenet") == []
+    make_imagenet("data", n=1, classes=["n01443537", "mine"])
+    assert run("--dataset=imagenet", "--img-size=32", "--workers=0", "--epochs=1", "--out=run") == 0
+    page = opened("run")
+    assert page.names == ["mine", "goldfish"] and page.picture.get_title() == "test image 1: mine"
+
+
+def test_what_cannot_be_shown_gets_one_line(capsys, monkeypatch, tiny_bearing):
+    matplotlib.use("agg")
+    for words, *flags in [
+        ("there is no display to open a window on: add --save",),
+        ("--pe ape is no rotary encoding: choose from axial", "--pe=ape", "--save=x.png"),
+        ("leave out --pe, or the run", "run", "--pe=mixed"),
+        ("name the folder of a run", "--image=x.png"),
+        ("there is no nowhere/last.pt", "nowhere", "--save=x.png"),
+        ("No such file", "--pe=mixed", "--save=nowhere/x.png"),
+    ]:
+        assert words in complaint(capsys, explore.main, *flags)
+    assert run("--epochs=1", "--out=run") == 0
+    assert "cannot read none.png" in complaint(capsys, explore.main, "run", "--image=none.png", "--save=x.png")
+    assert explore.main(["run", "--save=x.png"]) == 0
+    assert len(Image.open("x.png").convert("RGB").getcolors(maxcolors=2**24)) > 100
