@@ -11,6 +11,8 @@ Sliders shift all positions. Keys are listed on the window.
 
 import math
 import sys
+import textwrap
+from contextlib import suppress
 from itertools import count, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +49,10 @@ def main(argv=None):
     args = parse_args(argv)
     with style(**STYLE), matplotlib.rc_context({"toolbar": "None"}):
         figure = Figure(SIZE) if args.save else window()
-        page = trained(figure, args) if args.run else Encodings(figure, chosen(args.pe))
-        page.place()
+        if args.run:
+            trained(figure, args)
+        else:
+            Encodings(figure, chosen(args.pe))
         save(figure, args.save) if args.save else matplotlib.pyplot.show()
 
 
@@ -70,15 +74,13 @@ def parse_args(argv):
 
 def window():
     """An empty figure in a window of its own."""
-    try:
+    with suppress(ImportError):  # of a backend that needs a display, if MPLBACKEND names it
         from matplotlib import pyplot  # here because it looks for a display
 
         figure = pyplot.figure("Explore", SIZE)
-    except ImportError as e:  # of the backend that MPLBACKEND names
-        raise UserError(f"no window can be opened ({e}): add --save FILE.png") from e
-    if figure.canvas.required_interactive_framework is None:
-        raise UserError("there is no display to open a window on: add --save FILE.png")
-    return figure
+        if figure.canvas.required_interactive_framework:
+            return figure
+    raise UserError("there is no display to open a window on: add --save FILE.png")
 
 
 def save(figure, path=None):
@@ -92,11 +94,17 @@ def save(figure, path=None):
 # What both pages stand on
 
 
-def listen(page, keys, about):
-    """Call page.click for each event of a drag, page.place when the size changes, and for a key its function in keys.
+def connect(page, keys, about, texts):
+    """Let the page answer the mouse (page.click) and keys, which are listed at the bottom.
 
-    keys: {key: (what it does, function)}, listed at the bottom, below a line about the maps
+    keys: {key: (what it does, function)}; about: a line on the maps; texts: those that page.redraw() draws again, with
+    all images, patches and lines, over a copy of the rest, which takes longer
     """
+    figure, canvas, background = page.figure, page.figure.canvas, None
+    keys = keys | {"r": ("reset", page.reset), "s": ("save a PNG", lambda: save(figure))}
+    live = [*(artist for ax in figure.axes for artist in (*ax.images, *ax.patches, *ax.lines)), *texts]
+    for artist in live:
+        artist.set_animated(True)
 
     def press(event):
         if event.key in keys:
@@ -105,25 +113,6 @@ def listen(page, keys, about):
     def mouse(event):
         if event.button == 1 and event.inaxes is not None:
             page.click(event)
-
-    keys = keys | {"r": ("reset", page.reset), "s": ("save a PNG", lambda: save(page.figure))}
-    canvas = page.figure.canvas
-    if canvas.manager:
-        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # matplotlib's own keys
-    canvas.mpl_connect("key_press_event", press)
-    canvas.mpl_connect("resize_event", lambda event: page.place())
-    for name in "button_press_event", "motion_notify_event":
-        canvas.mpl_connect(name, mouse)
-    lines = about, "      ".join(f"{key}: {what}" for key, (what, _) in keys.items())
-    page.figure.supxlabel("\n".join(lines), fontsize=10, color=GREY, linespacing=1.6)
-
-
-def redrawing(figure, texts):
-    """A function that redraws all images, patches and lines, and these texts, over the rest, which takes longer."""
-    live = [*(artist for ax in figure.axes for artist in (*ax.images, *ax.patches, *ax.lines)), *texts]
-    background = None
-    for artist in live:
-        artist.set_animated(True)
 
     def drawn(event):
         nonlocal background
@@ -138,25 +127,18 @@ def redrawing(figure, texts):
                 figure.draw_artist(artist)
             figure.canvas.blit(figure.bbox)
 
-    figure.canvas.mpl_connect("draw_event", drawn)
-    return redraw
-
-
-def new_axes(figure, **settings):
-    return figure.add_axes((0, 0, 1, 1), **settings)
-
-
-def put(axes, left, top, width, height):
-    """Place axes on the figure, in inches from its upper left corner."""
-    W, H = axes.figure.get_size_inches()
-    axes.set_position([left / W, 1 - (top + height) / H, width / W, height / H])
-
-
-def put_controls(cells):
-    """Three cells side by side above the lines at the bottom, with room for labels."""
-    W, H = cells[0].figure.get_size_inches()
-    for i, axes in enumerate(cells):
-        put(axes, (i + 0.32) * W / 3, H - 0.9, 0.4 * W / 3, 0.2)
+    if canvas.manager:
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # matplotlib's own keys
+    for event, act in {
+        "button_press_event": mouse,
+        "motion_notify_event": mouse,
+        "key_press_event": press,
+        "draw_event": drawn,
+    }.items():
+        canvas.mpl_connect(event, act)
+    lines = about, "      ".join(f"{key}: {what}" for key, (what, _) in keys.items())
+    figure.supxlabel("\n".join(lines), fontsize=10, color=GREY, linespacing=1.6)
+    page.redraw = redraw
 
 
 def slider(axes, label, least, most, start, changed, **options):
@@ -167,11 +149,12 @@ def slider(axes, label, least, most, start, changed, **options):
     return made
 
 
-def shift_sliders(cells, changed):
+def controls(figure, changed):
+    """Three cells above the lines at the bottom, the first two with sliders that shift x and y; and these sliders."""
+    cells = figure.add_gridspec(1, 3, left=0.1, right=0.92, bottom=0.11, top=0.135, wspace=1.3).subplots()
     options = {"valstep": 1, "valfmt": "%+g patches"}
-    return [
-        slider(axes, f"shift all {name}", -16, 16, 0, changed, **options)
-        for axes, name in zip(cells, "xy", strict=False)
+    return cells, [
+        slider(cell, f"shift all {x}", -16, 16, 0, changed, **options) for cell, x in zip(cells, "xy", strict=False)
     ]
 
 
@@ -182,38 +165,26 @@ class Encodings:
     """A column for each encoding: scores of a query with equal keys everywhere, in a group of channels and the head."""
 
     def __init__(self, figure, ropes):
-        self.figure, self.keys = figure, grid(N, HALF).to(torch.get_default_dtype())
+        self.figure, self.places = figure, grid(N, HALF).to(torch.get_default_dtype())
         heading(figure, "Drag the query: equivariant patterns move with it, the others change shape")
-        self.columns = [column(figure, *item) for item in ropes.items()]
-        first = self.columns[0]
-        for axes, label in zip(first.axes, ["a group", "the whole head"], strict=True):
+        right = min(0.91, 0.09 + 0.22 * len(ropes))
+        place = {"left": 0.09, "right": right, "bottom": 0.3, "top": 0.82, "wspace": 0.12, "hspace": 0.22}
+        maps = figure.add_gridspec(2, len(ropes), **place).subplots(squeeze=False)
+        self.maps = [*maps.flat]
+        self.columns = [column(*item, axes) for item, axes in zip(ropes.items(), maps.T, strict=True)]
+        for axes, label in zip(maps[:, 0], ["a group", "the whole head"], strict=True):
             axes.set(ylabel=f"{label}\ny, patches", yticks=[-7, 0, 7])
-        first.axes[1].annotate("scores\nchange", (0, 0), (-12, -58), "axes fraction", "offset points", ha="right")
-        self.scale, *self.cells = (new_axes(figure) for _ in range(4))
-        figure.colorbar(first.images[0], self.scale, label="score / |q|²", ticks=[-1, 0, 1])
-        self.shift = shift_sliders(self.cells, self.turn)
-        self.factor = slider(self.cells[2], "frequencies", 0.1, 4, 1, self.turn_all, valfmt="x %.2f")
+        maps[1, 0].annotate("scores\nchange", (0, 0), (-10, -58), "axes fraction", "offset points", ha="right")
+        scale = figure.add_axes((right + 0.015, 0.35, 0.008, 0.4))
+        figure.colorbar(self.columns[0].images[0], scale, label="score / |q|²", ticks=[-1, 0, 1])
+        cells, self.shift = controls(figure, self.turn)
+        self.factor = slider(cells[2], "frequencies", 0.1, 4, 1, self.turn_all, valfmt="x %.2f")
         keys = {"n": ("new random query", self.new_query), "g": ("next group", self.next_group)}
         about = "dot: query; orange: high score for an equal key there, blue: low; dashed: extent of a training image"
-        listen(self, keys, about)
         numbers = [control.valtext for control in (*self.shift, self.factor)]
-        self.redraw = redrawing(figure, [*numbers, *(column.change for column in self.columns)])
+        connect(self, keys, about, [*numbers, *(column.change for column in self.columns)])
         self.query, self.group = torch.zeros(1, 2), 0
         self.new_query()
-
-    def place(self):
-        W, H = self.figure.get_size_inches()
-        n, left, top, right, bottom = len(self.columns), 0.85, 1.0, 0.9, 2.0
-        side = min((W - left - right) / n - 0.15, (H - top - bottom - 0.45) / 2)
-        left += (W - left - right - n * (side + 0.15)) / 2
-        top += (H - top - bottom - 2 * side - 0.45) / 2
-        for i, column in enumerate(self.columns):
-            for j, axes in enumerate(column.axes):
-                put(axes, left + i * (side + 0.15), top + j * (side + 0.45), side, side)
-                for text in axes.title, axes.xaxis.label:
-                    text.set_fontsize(min(10, 7.5 * side + 0.5))
-        put(self.scale, left + n * (side + 0.15), top, 0.12, 2 * side + 0.45)
-        put_controls(self.cells)
 
     def new_query(self):
         self.z = torch.randn(HEAD_DIM)
@@ -231,7 +202,7 @@ class Encodings:
         self.next_group()
 
     def click(self, event):
-        if any(event.inaxes in column.axes for column in self.columns):
+        if event.inaxes in self.maps:
             self.query = torch.tensor([[event.xdata, event.ydata]])
             self.show()
 
@@ -243,14 +214,14 @@ class Encodings:
     def turn_all(self, _=None):
         """Turn the keys at their own positions, and shifted."""
         for column in self.columns:
-            column.still = self.turned(column.rope, self.keys)
+            column.still = self.turned(column.rope, self.places)
         self.turn()
 
     def turn(self, _=None):
         """Turn the keys at their shifted positions. (A query that moves turns no key.)"""
         self.offset = torch.tensor([float(control.val) for control in self.shift])
         for column in self.columns:
-            column.moved = self.turned(column.rope, self.keys + self.offset) if self.offset.any() else column.still
+            column.moved = self.turned(column.rope, self.places + self.offset) if self.offset.any() else column.still
         self.show()
 
     def show(self):
@@ -262,28 +233,25 @@ class Encodings:
                 dot.set_data(*self.query.T)
             change = (scores(still, column.still, HEAD) - scores(moved, column.moved, HEAD)).abs().max()
             column.change.set(text=f"{change:.2f}", color=RED if change >= 0.005 else GREY)
-            column.axes[0].set_xlabel(f"channels {group[0]} to {group[-1]}")
+            column.axes[0].set_xlabel(f"channels {group[0]}-{group[-1]}", fontsize=9)
         self.redraw()
 
 
-def column(figure, name, rope):
+def column(name, rope, both):
     """The two maps of an encoding, and what is known of it."""
     edge, images, dots = HALF * N / (N - 1), [], []
-    above, below = new_axes(figure), new_axes(figure)
-    for axes in above, below:
-        zeros = torch.zeros(N, N).numpy()
-        images.append(
-            axes.imshow(zeros, SIGNED, vmin=-1, vmax=1, extent=(-edge, edge, edge, -edge), interpolation="bilinear")
-        )
+    place = {"extent": (-edge, edge, edge, -edge), "interpolation": "bilinear"}
+    for axes, anchor in zip(both, "SN", strict=True):  # close to each other
+        images.append(axes.imshow(torch.zeros(N, N).numpy(), SIGNED, vmin=-1, vmax=1, **place))
         axes.plot([-7, 7, 7, -7, -7], [-7, -7, 7, 7, -7], "--", color="black", linewidth=0.7)
         dots += axes.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=8)
-        axes.set(xticks=[], yticks=[])
-    above.set_title(f"{name}\n{symmetry(rope)}")
-    below.set(xlabel="x, patches", xticks=[-7, 0, 7])
-    change = below.annotate("", (0.5, 0), (0, -52), "axes fraction", "offset points", ha="center", fontsize=14)
+        axes.set(xticks=[], yticks=[], anchor=anchor)
+    both[0].set_title(f"{textwrap.fill(name, 13)}\n{symmetry(rope)}", fontsize=8)
+    both[1].set(xlabel="x, patches", xticks=[-7, 0, 7])
+    change = both[1].annotate("", (0.5, 0), (0, -52), "axes fraction", "offset points", ha="center", fontsize=14)
     rope.requires_grad_(False)
     groups = channel_groups(rope) or [HEAD]
-    return SimpleNamespace(rope=rope, groups=groups, axes=(above, below), images=images, dots=dots, change=change)
+    return SimpleNamespace(rope=rope, groups=groups, axes=both, images=images, dots=dots, change=change)
 
 
 def chosen(names):
@@ -360,68 +328,52 @@ class Trained:
 
     def __init__(self, figure, model, normalise, images, names):
         self.figure, self.model, self.normalise = figure, model.eval().requires_grad_(False), normalise
-        self.images, self.names, self.shift, self.along = images, names, [], None
+        self.names, self.shift, self.along = names, [], None
         self.prefix, self.heads = model.num_prefix_tokens, model.blocks[0].attn.num_heads
         first = next(images)
         self.side = n = first[0].shape[-1] // model.patch_embed.proj.stride[0]
-        self.picture, self.bars, *self.cells = (new_axes(figure) for _ in range(5))
+        self.picture, bars = figure.add_axes((0.06, 0.46, 0.22, 0.41)), figure.add_axes((0.06, 0.17, 0.22, 0.21))
         self.picture.set(xlabel="x, patches", ylabel="y, patches")
-        self.maps = []
-        for source in ["the patch", "the class token"][: 1 + self.prefix]:
+        columns, sources = min(self.heads, 6), ["the patch", "the class token"][: 1 + self.prefix]
+        rows = math.ceil(self.heads / columns)
+        place = {"left": 0.36, "right": 0.98, "bottom": 0.17, "top": 0.87, "wspace": 0.1, "hspace": 0.3}
+        cells = figure.add_gridspec(rows * len(sources), columns, **place)
+        self.maps, self.captions = [self.picture], []
+        for i, source in enumerate(sources):
             for head in range(self.heads):
-                axes = new_axes(figure, xticks=[], yticks=[], ylabel="" if head else f"from\n{source}")
+                axes = figure.add_subplot(cells[i * rows + head // columns, head % columns], xticks=[], yticks=[])
                 axes.spines[:].set(visible=True, color=PALE)
-                caption = axes.annotate("", (0.5, 1), (0, 5), "axes fraction", "offset points", ha="center")
-                self.maps.append((axes, caption))
-        everywhere = [self.picture, *(axes for axes, _ in self.maps)]
+                axes.set_ylabel("" if head else f"from\n{source}")
+                caption = axes.annotate("", (0.5, 1), (0, 4), "axes fraction", "offset points", ha="center", fontsize=8)
+                self.maps.append(axes)
+                self.captions.append(caption)
         extent = (-0.5, n - 0.5, n - 0.5, -0.5)
-        self.pixels, *self.weights = (ax.imshow([[0]], FROM_ZERO, vmin=0, extent=extent) for ax in everywhere)
+        self.pixels, *self.weights = (axes.imshow([[0]], FROM_ZERO, vmin=0, extent=extent) for axes in self.maps)
         self.squares = [
             axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLUE, linewidth=2))
-            for axes in everywhere[: 1 + self.heads]
+            for axes in self.maps[: 1 + self.heads]
         ]
-        self.bars.set(xlim=(0, 1), ylim=(4.5, -0.5))
-        self.best = [(self.bars.barh(i, 0)[0], self.bars.text(0.02, i, "", va="center")) for i in range(5)]
-        for axes in self.bars, *self.cells:
-            axes.axis("off")
+        self.best = [(bars.barh(i, 0)[0], bars.text(0.02, i, "", va="center")) for i in range(5)]
+        bars.set(xlim=(0, 1), ylim=(4.5, -0.5))
+        bars.axis("off")
         if model.blocks[0].attn.rope is None:
-            self.cells[1].text(0.5, 0, "This model rotates nothing: it has no positions to shift.", ha="center")
+            figure.text(0.5, 0.12, "This model rotates nothing: it has no positions to shift.", ha="center")
         else:
-            self.shift = shift_sliders(self.cells, self.look)
+            cells, self.shift = controls(figure, self.look)
+            cells[2].axis("off")
             if self.prefix:
                 box = {"frame_props": {"s": 80}, "check_props": {"s": 80}}
-                self.along = CheckButtons(self.cells[2], ["the class token, too"], [True], useblit=False, **box)
+                self.along = CheckButtons(cells[2], ["the class token, too"], [True], useblit=False, **box)
                 self.along.on_clicked(self.look)
         keys = {
             "left": ("layer before", lambda: self.go(-1)),
             "right": ("next layer", lambda: self.go(1)),
             "n": ("next image", lambda: self.open(*next(images))),
         }
-        listen(self, keys, "square: the patch that you clicked; above each map: its largest weight")
-        texts = [text for _, text in (*self.best, *self.maps)] + [control.valtext for control in self.shift]
-        self.redraw = redrawing(figure, texts)
+        texts = [*self.captions, *(text for _, text in self.best), *(control.valtext for control in self.shift)]
+        connect(self, keys, "square: the patch that you clicked; above each map: its largest weight", texts)
         self.layer, self.query = 0, (n // 2, n // 2)
         self.open(*first)
-
-    def place(self):
-        W, H = self.figure.get_size_inches()
-        left, top, bottom = 0.3 * W, 0.95, 1.5
-        side = min(left - 0.9, H - top - bottom - 2.1)
-        put(self.picture, 0.7, top, side, side)
-        put(self.bars, 0.7, top + side + 0.55, left - 0.9, 1.5)
-        put_controls(self.cells)
-        left, width, height = left + 0.6, W - left - 0.8, (H - top - bottom) / (len(self.maps) // self.heads)
-
-        def size(rows):  # of a map, if the heads stand in so many rows
-            return min(width / math.ceil(self.heads / rows) - 0.12, height / rows - 0.35)
-
-        rows = max(range(1, self.heads + 1), key=size)
-        for i, (axes, caption) in enumerate(self.maps):
-            source, head = divmod(i, self.heads)
-            row, column = divmod(head, math.ceil(self.heads / rows))
-            x, y = left + column * (size(rows) + 0.12), top + (source * rows + row) * (size(rows) + 0.35)
-            put(axes, x, y, size(rows), size(rows))
-            caption.set_fontsize(min(10, max(5, 9 * size(rows))))
 
     def open(self, image, label, about):
         self.image, self.label = image, label
@@ -447,7 +399,7 @@ class Trained:
         self.go(0)
 
     def click(self, event):
-        if event.inaxes is self.picture or any(event.inaxes is axes for axes, _ in self.maps):
+        if event.inaxes in self.maps:
             self.query = tuple(min(max(round(at), 0), self.side - 1) for at in (event.xdata, event.ydata))
             self.show()
 
@@ -466,14 +418,14 @@ class Trained:
         x, y = self.query
         tokens = [self.prefix + y * self.side + x] * self.heads + [0] * self.heads
         weights = self.attention[self.layer]
-        for i, (image, (_, caption)) in enumerate(zip(self.weights, self.maps, strict=True)):
+        for i, (image, caption) in enumerate(zip(self.weights, self.captions, strict=True)):
             found = weights[i % self.heads, tokens[i], self.prefix :]
             most = max(found.max(), 3 / weights.shape[-1])  # so that an even spread is pale
             image.set(data=found.view(self.side, self.side).numpy(), clim=(0, most))
             caption.set_text(f"head {i % self.heads + 1}: {100 * found.max():.1f} %")
         for square in self.squares:
             square.set_xy((x - 0.5, y - 0.5))
-        p, classes = self.probabilities.topk(min(5, len(self.names)))
+        p, classes = self.probabilities.topk(min(5, len(self.probabilities)))
         for (bar, text), share, i in zip(self.best, p.tolist(), classes.tolist(), strict=False):
             bar.set(width=share, color=SKY if i == self.label else PALE)
             text.set_text(f"{self.names[i]}  {100 * share:.1f} %")

@@ -1,17 +1,19 @@
 """lab.explore: mouse and keys do what the window says, and what it shows is what encodings and models compute."""
 
-
 import matplotlib
 import pytest
 import torch
 from conftest import complaint, make_imagenet, run
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
 from lab import explore
+from lab.data import Bearing
 from lab.explore import HEAD_DIM, PATCH, Encodings, chosen
+from lab.pictures import SKY
 from lab.rotations import grid
 from vit import ENCODINGS
 
@@ -37,7 +39,6 @@ class Sixth(torch.nn.Module):
 
 def shown(page):
     """The page on a canvas, as if in a window."""
-    page.place()
     page.figure.canvas.draw()
     return page
 
@@ -83,25 +84,28 @@ def assert_scores(page, query, group=0):
 
 
 @pytest.fixture
-def page(float64, monkeypatch):
-    monkeypatch.setitem(ENCODINGS, "sixth", Sixth)
-    return shown(Encodings(canvas(), chosen(["axial", "mixed", "spherical", "sixth"])))
+def page(float64):
+    makes = {pe: ENCODINGS[pe] for pe in ("axial", "mixed", "spherical")} | {"sixth": Sixth}
+    return shown(Encodings(canvas(), {name: make(HEAD_DIM, 1) for name, make in makes.items()}))
 
 
 def test_the_query_moves_in_all_maps_to_where_one_clicks_or_drags(page):
-    assert len(page.columns) == 4 and page.columns[2].groups == [[0, 5]]
+    assert len(page.columns) == 4 and page.columns[3].groups == [[0, 5]]
     assert_scores(page, [0.0, 0.0])
     mouse(page.columns[1].axes[1], 3, -2)
     assert_scores(page, [3.0, -2.0])
     mouse(page.columns[3].axes[0], 3, -2, to=(-7, 4.5))
     assert_scores(page, [-7.0, 4.5])
+    dragged = bytes(page.figure.canvas.buffer_rgba())
+    page.figure.canvas.draw()
+    assert dragged == bytes(page.figure.canvas.buffer_rgba())
 
 
 def test_a_shift_changes_only_what_is_not_equivariant(page):
     mouse(page.columns[0].axes[0], 3, -2)
-    for name, axes in zip("xy", page.cells, strict=False):
+    for name, control in zip("xy", page.shift, strict=True):
         before = [maps(column)[1] for column in page.columns]
-        mouse(axes, 0, 0.5, to=(5, 0.5))
+        mouse(control.ax, 0, 0.5, to=(5, 0.5))
         assert_scores(page, [3.0, -2.0])
         for column, old in zip(page.columns, before, strict=True):
             changed = (maps(column)[1] - old).abs().max()
@@ -116,12 +120,12 @@ def test_keys_and_the_factor_do_what_the_window_says(page, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     q = page.z
     mouse(page.columns[0].axes[0], 3, -2)
-    mouse(page.cells[0], 0, 0.5, to=(-3, 0.5))
-    mouse(page.cells[2], 1, 0.5, to=(2, 0.5))
+    mouse(page.shift[0].ax, 0, 0.5, to=(-3, 0.5))
+    mouse(page.factor.ax, 1, 0.5, to=(2, 0.5))
     key(page, "g")
     assert page.factor.val == pytest.approx(2, abs=0.05)
     assert_scores(page, [3.0, -2.0], group=1)
-    assert page.columns[0].axes[0].get_xlabel() == "channels 2 to 3"
+    assert page.columns[0].axes[0].get_xlabel() == "channels 2-3"
     key(page, "n")
     assert not torch.equal(page.z, q)
     assert_scores(page, [3.0, -2.0], group=1)
@@ -134,6 +138,7 @@ def test_keys_and_the_factor_do_what_the_window_says(page, monkeypatch, tmp_path
 
 
 def test_all_encodings_are_shown_unless_some_are_named(monkeypatch):
+    monkeypatch.setitem(ENCODINGS, "sixth", Sixth)
     names = {name.partition(",")[0] for name in chosen(None)}
     assert names == {name for name, make in ENCODINGS.items() if make}
     assert list(chosen(["spherical", "mixed"])) == ["mixed", "spherical"] and len(chosen(["liere"])) == 2
@@ -154,7 +159,7 @@ def independent(page, pos):
     def record(attn, inputs):
         q, k, _ = attn.qkv(inputs[0]).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if attn.rope is not None:
-            R = attn.rope.rotation(inputs[1])
+            R = attn.rope.rotation(inputs[1].double())
             q, k = ((R @ x[..., None])[..., 0] for x in (q, k))
         layers.append(torch.softmax(torch.einsum("bhsd,bhtd->bhst", q, k) / q.shape[-1] ** 0.5, -1)[0])
 
@@ -172,9 +177,9 @@ def assert_shows(page, token, layer, pos):
     rows = [prefix + token[1] * n + token[0], 0][: 1 + prefix]
     want = [layers[layer][head, row, prefix:] for row in rows for head in range(2)]
     assert len(page.weights) == len(want)
-    for image, (_, caption), weights in zip(page.weights, page.maps, want, strict=True):
+    for image, caption, weights in zip(page.weights, page.captions, want, strict=True):
         found = torch.from_numpy(image.get_array().data).flatten()
-        torch.testing.assert_close(found, weights, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, weights, rtol=0, atol=1e-10)
         assert f"{100 * weights.max():.1f} %" in caption.get_text()
     assert all(square.get_xy() == (token[0] - 0.5, token[1] - 0.5) for square in page.squares)
     p, classes = logits.softmax(0).topk(5)
@@ -183,24 +188,29 @@ def assert_shows(page, token, layer, pos):
     assert [bar.get_width() for bar, _ in page.best] == pytest.approx(p.tolist())
 
 
-def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_bearing):
+def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_bearing, default_dtype):
     assert run("--pe=spherical", "--epochs=1", "--out=run") == 0
+    default_dtype(torch.float64)
     page = opened("run")
+    image, label = next(Bearing(batch_size=1).test_batches(batch_size=1))
+    torch.testing.assert_close(page.normalise(page.image), image, rtol=0, atol=1e-10)
+    pixels = page.pixels.get_array().reshape(-1, 3).round(6).tolist()
+    assert [1, 0, 0] in pixels and page.picture.get_title() == f"test image 1: {explore.BEARINGS[label]}"
     for block in page.model.blocks:  # far from uniform
         block.attn.qkv.weight.mul_(8)
     page.look()
     pos = page.model.positions(8, 8)
     assert_shows(page, (4, 4), 0, pos)
     mouse(page.picture, 2.4, 6.6)
-    mouse(page.maps[3][0], 2, 6, to=(5, 1))
+    mouse(page.maps[3], 2, 6, to=(5, 1))
     key(page, "right")
     assert_shows(page, (5, 1), 1, pos)
     assert "Layer 2 of 2" in page.figure.get_suptitle()
-    mouse(page.cells[1], 0, 0.5, to=(3, 0.5))
+    mouse(page.shift[1].ax, 0, 0.5, to=(3, 0.5))
     moved = pos + page.model.spacing * torch.tensor([0.0, 3.0])
     assert_shows(page, (5, 1), 1, moved)
-    box = page.cells[2].transAxes + page.cells[2].transData.inverted()
-    mouse(page.cells[2], *box.transform((0.15, 0.5)))
+    box = page.along.ax.transAxes + page.along.ax.transData.inverted()
+    mouse(page.along.ax, *box.transform((0.15, 0.5)))
     moved[0] = 0
     assert_shows(page, (5, 1), 1, moved)
     before, title = page.image, page.picture.get_title()
@@ -212,8 +222,9 @@ def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_beari
 
 
 @pytest.mark.parametrize("flags, sources", [("--pe=none", 2), ("--pe=ape", 2), ("--pe=mixed --pool=mean", 1)])
-def test_every_kind_of_model_is_shown(flags, sources, tiny_bearing):
+def test_every_kind_of_model_is_shown(flags, sources, tiny_bearing, default_dtype):
     assert run(*flags.split(), "--epochs=1", "--out=run") == 0
+    default_dtype(torch.float64)
     Image.new("RGB", (50, 40), "red").save("mine.png")
     page = opened("run", "--image=mine.png")
     assert len(page.weights) == 2 * sources and page.picture.get_title() == "mine.png"
@@ -235,6 +246,8 @@ def test_classes_have_names(tiny_bearing):
     assert run("--dataset=imagenet", "--img-size=32", "--workers=0", "--epochs=1", "--out=run") == 0
     page = opened("run")
     assert page.names == ["mine", "goldfish"] and page.picture.get_title() == "test image 1: mine"
+    right = [text.get_text().split()[0] for bar, text in page.best if bar.get_facecolor() == to_rgba(SKY)]
+    assert right == ["mine"]
 
 
 def test_what_cannot_be_shown_gets_one_line(capsys, monkeypatch, tiny_bearing):

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, SMALL, as_flags
 
 import train
-from lab import benchmark, evaluate, experiments, figures, pretrained, report
+from lab import benchmark, evaluate, experiments, explore, figures, pretrained, report
 from vit import ENCODINGS
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
@@ -54,7 +54,7 @@ def test_every_command_is_accepted(monkeypatch, script, flags):
 
 
 def test_every_flag_exists(capsys):
-    for script in train, evaluate, experiments, report, figures, benchmark, pretrained:
+    for script in train, evaluate, experiments, explore, report, figures, benchmark, pretrained:
         with pytest.raises(SystemExit):
             script.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
