@@ -258,8 +258,9 @@ def chosen(names):
     """{name: encoding}: those named, or all. LieRE's whole head in one group is too slow to drag unless it is named."""
     with user_errors(ValueError):
         ropes = encodings(HEAD_DIM)
-    if unknown := set(names or ()) - ropes.keys():
-        raise UserError(f"--pe {min(unknown)} is no rotary encoding: choose from {', '.join(ropes)}")
+    known = [name for name in ropes if "," not in name]
+    if unknown := set(names or ()) - set(known):
+        raise UserError(f"--pe {min(unknown)} is no rotary encoding: choose from {', '.join(known)}")
     return {n: rope for n, rope in ropes.items() if (n.partition(",")[0] in names if names else n != "liere")}
 
 
