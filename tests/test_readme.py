@@ -12,20 +12,22 @@ import torch
 from conftest import ROOT, SMALL, as_flags
 
 import train
-from lab import benchmark, evaluate, experiments, explore, figures, pretrained, report
+from lab import benchmark, evaluate, experiments, explore, figures, gpu_first, pretrained, report
 from vit import ENCODINGS
 
 PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
 TEXT = re.sub("```diff.*?```", "", "".join(PAGES.values()), flags=re.DOTALL)  # tests/test_changes.py tries those
 COMMANDS = re.findall(r"(?:python|torchrun \S+) (train\.py|-m lab\.\w+)(?!.* (?:DIR|--help|golden))([^`\n]*)", TEXT)
-EXAMPLE, TUTORIAL = re.findall(r"```python\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
+EXAMPLE, TUTORIAL = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 RESULTS = [*experiments.RESULTS.glob("*.csv"), *experiments.RESULTS.glob("*.json")]
 
 
 def test_the_example_turns_q_and_k():
     exec(EXAMPLE, names := {})
-    assert names["out"].shape == (8, 12, 197, 64) and names["R"].shape == (12, 197, 64, 64)
-    assert torch.equal(names["R"][0, 0], torch.eye(64))
+    assert names["q"].shape == names["k"].shape == (8, 6, 196, 64)
+    rope, q = names["rope"], torch.randn(8, 6, 196, 64)
+    turned = rope.rotation(names["pos"]) @ q[..., None]
+    torch.testing.assert_close(rope.rotate(q, names["pos"]), turned[..., 0])
 
 
 def test_the_tutorials_encoding_is_what_it_says_and_trains(monkeypatch, tiny_bearing, float64):
@@ -48,13 +50,15 @@ def test_every_command_is_accepted(monkeypatch, script, flags):
     for module, name in (experiments, "run_set"), (report, "report"), (figures, "read_runs"):
         monkeypatch.setattr(module, name, Mock(return_value=[]))  # these scripts parse flags in main
     monkeypatch.setattr(figures, "OF_ENCODINGS", {})
+    monkeypatch.setattr(gpu_first, "torch", Mock())  # has a GPU
+    monkeypatch.setattr(gpu_first, "STEPS", [])
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(script.removeprefix("-m ").removesuffix(".py"))
     assert getattr(module, "parse_args", module.main)(shlex.split(flags, comments=True)) != 2
 
 
 def test_every_flag_exists(capsys):
-    for script in train, evaluate, experiments, explore, report, figures, benchmark, pretrained:
+    for script in train, evaluate, experiments, explore, report, figures, benchmark, pretrained, gpu_first:
         with pytest.raises(SystemExit):
             script.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
