@@ -295,6 +295,7 @@ def train(args):
     # The result
     result = config | {
         "test_accuracy": state["log"][-1]["test_accuracy"],
+        "skipped_images": all_reduce_sum(torch.tensor(len(data.corrupt))).item(),
         "train_seconds": round(state["seconds"], 2),
         "images_per_second": round(images_in_all / state["seconds"], 1),
         "parameters": parameters,
@@ -305,8 +306,8 @@ def train(args):
         "{pe} on {dataset}, seed {seed}: {test_accuracy} % test accuracy after {epochs} epochs; "
         "{train_seconds:.0f} s of training, {images_per_second:.0f} images/s".format(**result)
     )
-    if corrupt := all_reduce_sum(torch.tensor(len(data.corrupt))).item():
-        print(f"corrupt images skipped: {corrupt}")
+    if result["skipped_images"]:
+        print("corrupt images skipped: {skipped_images}".format(**result))
     cleanup()
 
 

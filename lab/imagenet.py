@@ -253,6 +253,8 @@ class Reader:
                     labels.append(self.labels[i])
                     break
                 except Exception as e:  # a corrupt file can fail in any way
+                    if getattr(e, "errno", None):  # the system's fault, not the image's: Pillow's errors have none
+                        return f"cannot read {path} ({e.strerror}): fix that, then run again"
                     if not self.skip_corrupt:
                         why = f"{type(e).__name__}: {e}"
                         return f"cannot read {path} ({why}): fix it, delete it, or use --skip-corrupt"

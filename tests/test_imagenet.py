@@ -412,6 +412,14 @@ def test_corrupt_images_are_replaced_in_training_and_left_out_of_the_test(root):
         assert same(own, [[part[rank::2] for part in batch] for batch in first])
 
 
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_a_file_that_the_system_cannot_read_is_not_called_corrupt(root, skip_corrupt):
+    data = make(root, skip_corrupt=skip_corrupt)
+    rmtree(root / "val/bee")
+    message = error(list, data.test_batches())
+    assert message == f"cannot read {root / FILES[-1]} (No such file or directory): fix that, then run again"
+
+
 def test_one_good_image_is_enough_to_train_but_none_is_an_error_and_nothing_to_test(root):
     *bad, good = (root / file for file in FILES[:16])
     for path in *bad, *(root / file for file in FILES[16:]):

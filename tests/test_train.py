@@ -223,8 +223,12 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
     assert "in/train/b/3.jpeg" in line and "--skip-corrupt" in line
     assert run(*FOLDERS, "--out=a", "--skip-corrupt") == 0
     assert "corrupt images skipped: 1" in capsys.readouterr().out
-    Path("in/val/b/3.jpeg").write_bytes(b"no image")
+    assert read_json(Path("a/result.json"))["skipped_images"] == 1
+    for name in "a", "b":
+        Path(f"in/val/{name}/3.jpeg").write_bytes(b"no image")
     assert evaluate.main(["a", "--data-dir=in", "--shuffle"]) == 0  # as the run left out
+    assert read_json(Path("a/evaluation.json"))["skipped_images"] == 2
+    assert "corrupt images skipped: 2" in capsys.readouterr().out
     line = complaint(capsys, evaluate.main, "a", "--data-dir=elsewhere")
     assert "elsewhere" in line and "corrupt" not in line
 
