@@ -18,9 +18,10 @@ def check_folder(folder, resume):
         raise UserError(f"there is no {last} to continue: leave --resume out, or name a run's folder with --out")
     if not resume and last.exists():
         raise UserError(f"{folder} holds a run: add --resume to continue it, or choose another folder with --out")
-    for path in folder / "config.json", folder / "result.json":  # also left by a run killed before its first checkpoint
-        if path.exists() and "pe" not in read_json(path):
-            raise UserError(f"{path} does not belong to a run: choose another folder with --out")
+    if not resume and "pe" not in read_json(folder / "config.json"):  # a run writes it first: one that was killed has it
+        for name in "config.json", "log.csv", "curves.png", "result.json", "evaluation.json":
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} does not belong to a run: choose another folder with --out")
 
 
 def save_checkpoint(folder, state, config, **about):

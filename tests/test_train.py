@@ -311,7 +311,7 @@ def test_a_folder_has_one_writer_and_a_killed_one_does_not_block_it(capsys):
     assert run("--out=a", "--resume") == 0 and not Path("a/.lock").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("name", ["config.json", "log.csv", "curves.png", "result.json", "evaluation.json"])
 def test_a_folder_of_something_else_is_left_as_it_is(name, capsys):
     path = Path("a", name)
     path.parent.mkdir()
