@@ -18,7 +18,7 @@ def check_folder(folder, resume):
         raise UserError(f"there is no {last} to continue: leave --resume out, or name a run's folder with --out")
     if not resume and last.exists():
         raise UserError(f"{folder} holds a run: add --resume to continue it, or choose another folder with --out")
-    if not resume and "pe" not in read_json(folder / "config.json"):  # a run writes it first: one that was killed has it
+    if not resume and "pe" not in read_json(folder / "config.json"):  # a killed run left that
         for name in "config.json", "log.csv", "curves.png", "result.json", "evaluation.json":
             if (folder / name).exists():
                 raise UserError(f"{folder / name} does not belong to a run: choose another folder with --out")
