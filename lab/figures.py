@@ -3,11 +3,11 @@
     python -m lab.figures            # the encodings at initialisation, and lab/results/bearing-*.csv
     python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
-The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner, bearing-
-control and bearing-frequencies, the second one curves, learned-frequencies, sizes, shifts and cost, as PNGs into
-lab/figures/. Sizes and shifts need the results of lab.evaluate. With several seeds, lines show the mean and bands the
-range. Each picture is a function that returns a Figure, or None if there is nothing to show. Figure numbers are those
-of the paper (van de Geijn et al. 2025, arXiv 2511.08368).
+The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner,
+bearing-control and bearing-frequencies into lab/figures/, the second one curves, learned-frequencies, sizes, shifts and
+cost into figures/, which git ignores, as PNGs. Sizes and shifts need the results of lab.evaluate. With several seeds,
+lines show the mean and bands the range. Each picture is a function that returns a Figure, or None if there is nothing
+to show. Figure numbers are those of the paper (van de Geijn et al. 2025, arXiv 2511.08368).
 """
 
 import io
@@ -55,9 +55,10 @@ from vit import ENCODINGS
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that train.py has written")
-    parser.add_argument("--out", type=Path, default=Path("lab/figures"), help="where the pictures go (%(default)s/)")
+    parser.add_argument("--out", type=Path, help="where the pictures go (lab/figures/, of runs: figures/)")
     args = parser.parse_args(argv)
     runs = read_runs(args.runs)
+    args.out = args.out or Path("figures" if runs else "lab/figures")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (OF_RUNS if runs else OF_ENCODINGS).items():
         with style(**STYLE):

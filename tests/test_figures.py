@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EQUIVARIANT, ROTARY, SMALL, as_flags, complaint
+from conftest import EQUIVARIANT, ROOT, ROTARY, SMALL, as_flags, complaint
 from PIL import Image
 
 import train
@@ -171,6 +171,7 @@ def test_runs_are_drawn_and_those_not_evaluated_are_named(capsys, monkeypatch):
     assert evaluate.main([*runs, "--device=cpu", "--sizes", "24", "64", "--shift", "1", "--patch-shift", "2"]) == 0
     found, printed = drawn(capsys, *runs)
     assert list(found) == list(OF_RUNS) and "lab.evaluate" not in printed
+    assert {f"/{path.parent}/" for path in found.values()} < {*(ROOT / ".gitignore").read_text().split()}
 
 
 def test_runs_are_drawn_as_recorded():
