@@ -425,7 +425,7 @@ def peak_memory(f, args):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+        events = [e for e in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if e["name"] == "[memory]"]
     sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]  # negative for a release
     return max(itertools.accumulate(sizes, initial=0))
 

@@ -51,7 +51,7 @@ def init(name):
     """Connect to the other ranks. -> this rank's torch.device"""
     device = usable_device(name)
     if RANK:  # only rank 0 prints
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device

@@ -23,7 +23,7 @@ def environment(device):
 
 
 def git(*command):
-    return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 def device_name(device):

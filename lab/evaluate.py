@@ -102,7 +102,7 @@ def evaluate(run, args):
 def class_labels(run, data, trained_on):
     """The model's label for each class of the data: by name if it knows ImageNet's classes, and else the same."""
     if trained_on == IMAGENET_1K:
-        lines = (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+        lines = (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
         label = {line.split()[0]: i for i, line in enumerate(lines)}
         if others := [name for name in data.classes if name not in label]:
             fix = f"name folders as ImageNet's (n01440764 ...), or fine-tune with train.py --init {run}"

@@ -39,7 +39,7 @@ def locked(folder, wait=False):
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -68,13 +68,13 @@ def plain(x):
 
 def write_json(path, content):
     with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(plain(content), indent=2) + "\n")
+        tmp.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path):
     """The dict that write_json wrote; {} if there is no such file."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (TypeError, ValueError) as e:
         raise UserError(f"{path} is corrupt ({e}): move it away, and generate it again") from e
 
@@ -82,7 +82,7 @@ def read_json(path):
 def write_csv(path, rows):
     """Rows are dicts. One that lacks a column leaves it empty; the columns are in the order of the longest row's."""
     columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
-    with atomic_write(path) as tmp, open(tmp, "w", newline="") as f:
+    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)

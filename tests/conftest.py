@@ -25,6 +25,7 @@ from lab.data import Bearing
 from vit import ENCODINGS, ViT
 
 ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals, links, locks or devices")
 
 # The encodings: a new line in vit.py's table is tested like all others.
 
@@ -159,7 +160,7 @@ def complaint(capsys, main, *flags):
     code = main([*map(str, flags)])
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return err.replace(os.sep, "/")
 
 
 # Small data sets in the official formats

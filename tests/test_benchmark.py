@@ -27,7 +27,7 @@ def without_a_cpp_compiler(monkeypatch):
 
 def measured(*flags):
     assert benchmark.main([*TINY, "--json=costs.json", *flags]) == 0
-    return json.loads(Path("costs.json").read_text())
+    return json.loads(Path("costs.json").read_text(encoding="utf-8"))
 
 
 def test_every_part_has_its_rows_on_file_and_on_screen(capsys):
@@ -172,7 +172,7 @@ def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
 
 def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
     Path("folder").mkdir()
-    Path("mine.json").write_text("{}")
+    Path("mine.json").write_text("{}", encoding="utf-8")
     for why, *flags in (
         ("no part speed: choose from step, inference", "speed"),
         ("--pe", "--pe", "rope"),
@@ -201,5 +201,5 @@ def test_a_stopped_benchmark_leaves_its_rows_on_file(monkeypatch):
 
     monkeypatch.setitem(benchmark.PARTS, "step", stopped)
     assert benchmark.main([*TINY, "--json=costs.json", "step"]) == 130
-    (row,) = json.loads(Path("costs.json").read_text())["rows"]
+    (row,) = json.loads(Path("costs.json").read_text(encoding="utf-8"))["rows"]
     assert row["part"] == "step" and row["ratio"] == 1.235

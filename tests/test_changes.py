@@ -26,7 +26,7 @@ from lab.run import load_checkpoint, save_checkpoint
 from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("tiny_bearing")
-CHAPTER = (ROOT / "lab/README.md").read_text().partition("## Change it\n")[2].partition("\n## ")[0]
+CHAPTER = (ROOT / "lab/README.md").read_text(encoding="utf-8").partition("## Change it\n")[2].partition("\n## ")[0]
 CHANGES = dict(re.findall(r"^### ([^\n]+)\n.*?```diff\n(.*?)```", CHAPTER, re.MULTILINE | re.DOTALL))
 FLAGS = {"Another optimizer": ["--opt=lion"], "A data set": ["--dataset=digits", "--data-dir=."]}
 FLAGS["A second loss"] = ["--teacher=teacher"]
@@ -54,17 +54,17 @@ def test_a_documented_change_resumes_to_the_same_bits(name):
         copy = Path(path.relative_to(ROOT))
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
-    subprocess.run(["git", "apply"], input=CHANGES[name], text=True, check=True)
+    subprocess.run(["git", "apply"], input=CHANGES[name], encoding="utf-8", check=True)
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (84, 3, 16, 16), dtype=np.uint8), random.integers(0, 10, 84)
     np.savez("digits.npz", images=images[:64], labels=labels[:64], test_images=images[64:], test_labels=labels[64:])
     if name == "A second loss":
         assert run("--out=teacher") == 0
     command = [sys.executable, "-c", SCRIPT, *TINY, *FLAGS.get(name, [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert_same(weights("whole"), weights("cut"))
-    assert name != "Logging elsewhere" or len(Path("cut/log.jsonl").read_text().splitlines()) == 3
+    assert name != "Logging elsewhere" or len(Path("cut/log.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_five_changes_are_documented():

@@ -387,7 +387,9 @@ def test_a_file_copied_alone_works_and_shows_its_property(tmp_path):
         file = shutil.copy(inspect.getsourcefile(cls), folder)
         use += f"rope = runpy.run_path({file!r}, run_name='__main__')[{cls.__name__!r}](64, 4)\n"
         use += "assert rope(q, q, pos)[0].shape == q.shape\n"
-    shown = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", use], cwd=tmp_path, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     assert all(f"{cls.__name__}(head_dim=64, num_heads=6" in shown for cls in CLASSES)
     assert min(shown.count("orthogonal"), shown.count("equivariant")) >= len(CLASSES)
 

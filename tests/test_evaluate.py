@@ -49,7 +49,7 @@ def given(monkeypatch):
 @pytest.mark.parametrize("script", [evaluate, experiments, report, figures, benchmark])
 def test_scripts_show_how_they_are_started(script, capsys):
     command, options = [sys.executable, "-m", script.__name__, "--help"], {"cwd": ROOT, "capture_output": True}
-    assert f"python -m {script.__name__}" in subprocess.run(command, text=True, **options).stdout
+    assert f"python -m {script.__name__}" in subprocess.run(command, encoding="utf-8", **options).stdout
     assert "--wrong" in complaint(capsys, script.main, "bearing", "--wrong")
 
 
@@ -150,7 +150,7 @@ def test_errors_get_one_line(capsys, monkeypatch):
 def test_results_that_are_broken_or_of_another_run_are_refused(name, capsys):
     trained("axial", "--seed=1")
     evaluated("--shuffle")
-    other = Path(f"run/{name}.json").read_text()
+    other = Path(f"run/{name}.json").read_text(encoding="utf-8")
     shutil.rmtree("run")
     trained("axial")
     scripts = [(figures, ["run", "--out=pictures"])]
@@ -159,7 +159,7 @@ def test_results_that_are_broken_or_of_another_run_are_refused(name, capsys):
     else:
         scripts.append((train, [*TINY, "--pe=axial", "--out=run", "--resume"]))
     for content, says in (other, "is of another run (seed 1)"), ("[1", "is corrupt"), ("[1]", "is corrupt"):
-        Path(f"run/{name}.json").write_text(content)
+        Path(f"run/{name}.json").write_text(content, encoding="utf-8")
         for script, flags in scripts:
             assert f"run/{name}.json {says}" in complaint(capsys, script.main, *flags)
 

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, as_flags, complaint
+from conftest import ROOT, SMALL, as_flags, complaint, posix
 
 import train
 from lab import benchmark, distributed, evaluate, experiments, gpu_first, report
@@ -93,6 +93,7 @@ def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
         assert ("no time for another run" in capsys.readouterr().err) == (len(done) < 3)
 
 
+@posix
 @pytest.mark.parametrize("number, why, code", [(0, "Time is up", 0), (2, "Stopped", 130), (15, "Stopped", 143)])
 def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
     class Process(subprocess.Popen):
@@ -254,19 +255,19 @@ def test_costs_are_those_of_the_benchmarks_file():
 def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
     path, start, end = Path("README.md"), "# Title\n<!-- bearing -->\n", "<!-- /bearing -->\nThe end.\n"
     append("bearing", {"pe": "axial", "accuracy": 99, "command": "python"})
-    path.write_text(start + "| stale |\n" + end)
+    path.write_text(start + "| stale |\n" + end, encoding="utf-8")
     report.report([path])
-    assert path.read_text() == start + table("bearing") + end and "| 99.0 |" in table("bearing")
+    assert path.read_text(encoding="utf-8") == start + table("bearing") + end and "| 99.0 |" in table("bearing")
     whole = start + end + "<!-- cost -->\n<!-- /cost -->\n"
     for name, text in ("", start), ("benchmark-cpu.json", whole), ("bearing.csv", whole):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         if name:
             Path(name).write_bytes(b"\xff\xfe{\n garbage")
         with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> after it"):
             report.report([path])
-        assert path.read_text() == text
+        assert path.read_text(encoding="utf-8") == text
     path.unlink()
-    Path("bearing.csv").write_text("pe,accuracy,command\naxial,high,python\n")
+    Path("bearing.csv").write_text("pe,accuracy,command\naxial,high,python\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"bearing.csv is corrupt.* 'high'"):
         read("bearing")
 
@@ -287,7 +288,7 @@ def test_rows_that_cannot_be_right_are_refused(damage, says):
     for seed in 0, 1:
         append("bearing", {"pe": "axial", "accuracy": 99, "seed": seed, "command": "python train.py"})
     path = Path("bearing.csv")
-    path.write_text("".join(damage(path.read_text().splitlines(keepends=True))))
+    path.write_text("".join(damage(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
     with pytest.raises(UserError, match=f"bearing.csv is corrupt .*{says}"):
         read("bearing")
 
@@ -296,13 +297,15 @@ def test_rows_that_cannot_be_right_are_refused(damage, says):
 def test_the_report_never_erases_a_table(content):
     pages = [Path("a.md"), Path("b.md")]
     for page, name in zip(pages, ("bearing", "cost"), strict=True):
-        page.write_text(f"<!-- {name} -->\n| published |\n<!-- /{name} -->\n")
+        page.write_text(f"<!-- {name} -->\n| published |\n<!-- /{name} -->\n", encoding="utf-8")
     append("bearing", {"pe": "axial", "accuracy": 99, "command": "python"})
     if content is not None:
-        Path("benchmark-cpu.json").write_text(json.dumps(content))
+        Path("benchmark-cpu.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"b.md would lose its table cost|benchmark-cpu.json is corrupt"):
         report.report(pages)
-    assert all("| published |" in page.read_text() for page in pages), "no page is written before all are made"
+    assert all(
+        "| published |" in page.read_text(encoding="utf-8") for page in pages
+    )  # all are made before one is written
 
 
 def test_a_copy_inside_another_repository_has_no_commit(monkeypatch, tmp_path):

@@ -84,7 +84,9 @@ def test_a_run_trains_resumes_and_is_evaluated(options):
     flags = [*as_flags(SMALL), "--pe=spherical-learned", *options.split()]
     assert train.main(flags) == 0 and train.main([*flags, "--resume"]) == 0
     assert evaluate.main(["run", f"--device={DEVICE}"]) == 0
-    found = json.loads(Path("run/evaluation.json").read_text())["accuracies"]  # by a model that is not compiled
+    found = json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))[
+        "accuracies"
+    ]  # by a model that is not compiled
     assert found["test"]["test"] == pytest.approx(weights("run")["log"][0]["test_accuracy"], abs=5)
 
 
@@ -106,5 +108,5 @@ def test_every_part_of_the_benchmark_runs():
     sizes = {"depth": 1, "heads": 2, "img-size": 64, "patch-size": 16, "batch-size": 4, "repeats": 2, "device": DEVICE}
     parts = [part for part in benchmark.PARTS if part != "decoding"]
     assert benchmark.main([*parts, *as_flags(sizes), "--json=costs.json", "--pe", "spherical", "liere"]) == 0
-    rows = json.loads(Path("costs.json").read_text())["rows"]
+    rows = json.loads(Path("costs.json").read_text(encoding="utf-8"))["rows"]
     assert {row["part"] for row in rows} == set(parts) and all(row["ratio"] >= 0 for row in rows)

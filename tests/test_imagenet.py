@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import posix
 from PIL import Image, ImageOps
 
 from lab import imagenet
@@ -49,8 +51,8 @@ def root(tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rgb).save(tmp_path / file)
     for folder in *tmp_path.glob("*"), *tmp_path.glob("*/*"):
-        (folder / "notes.txt").write_text("no class and no image")
-        (folder / "._a.jpg").write_text("what a Mac leaves behind")
+        (folder / "notes.txt").write_text("no class and no image", encoding="utf-8")
+        (folder / "._a.jpg").write_text("what a Mac leaves behind", encoding="utf-8")
     return tmp_path
 
 
@@ -116,6 +118,7 @@ def test_classes_can_be_limited_to_the_first(root):
     assert sorted(label for _, labels in data.test_batches() for label in labels.tolist()) == [0, 0, 1]
 
 
+@posix
 def test_hidden_folders_and_what_is_no_file_are_left_out(root, capsys):
     expected = batches(make(root), [0])
     capsys.readouterr()
@@ -148,12 +151,13 @@ def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):
     make(root, workers=2).train_batch(0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])  # the latter from its parent
-def test_a_killed_worker_is_an_error_of_one_line(root, number):
+@posix
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])  # the latter from its parent
+def test_a_killed_worker_is_an_error_of_one_line(root, name):
     others, data = set(active_children()), make(root, workers=1)
     data.train_batch(0)
     (worker,) = set(active_children()) - others
-    os.kill(worker.pid, number)
+    os.kill(worker.pid, signal.Signals[name])
     assert "try fewer --workers" in error(batches, data, range(1, 9))
 
 
@@ -173,6 +177,13 @@ def test_a_batch_is_the_same_whoever_reads_it_and_whenever(root):
     for some in expected, data:
         assert same(batches(some, steps), [first[step] for step in steps])
     assert same(data.test_batches(batch_size=3), expected.test_batches(batch_size=3))
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_may_be_started_in_any_way(root, monkeypatch, method):
+    expected = batches(make(root), range(2))
+    monkeypatch.setattr(imagenet, "DataLoader", partial(imagenet.DataLoader, multiprocessing_context=method))
+    assert same(batches(make(root, workers=1), range(2)), expected)
 
 
 def test_workers_are_kept_from_step_to_step_and_end_with_the_data_set(root):

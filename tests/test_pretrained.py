@@ -241,7 +241,10 @@ def with_arrays(**more):
         (truncated(-4), "cannot be bytes"),
         (lambda: Path("a").write_bytes(b"\xff" * 8 + b"{}12345678"), "a holds no weights that can be read"),
         (lambda: Path("a").write_bytes(b"\2" + bytes(7) + b"{}"), "it has nothing, but no 'patch_embed.proj.weight'"),
-        (lambda: Path("a").write_text("<!doctype html>"), "(neither .safetensors nor a pickle of tensors alone)"),
+        (
+            lambda: Path("a").write_text("<!doctype html>", encoding="utf-8"),
+            "(neither .safetensors nor a pickle of tensors alone)",
+        ),
         (
             changed(head_weight={"data_offsets": [0, 1 << 40]}),
             "head.weight [10, 48] cannot be bytes 0 to 1099511627776",

@@ -15,7 +15,10 @@ import train
 from lab import benchmark, evaluate, experiments, explore, figures, gpu_first, pretrained, report
 from vit import ENCODINGS
 
-PAGES = {ROOT / name: (ROOT / name).read_text() for name in ("README.md", "lab/README.md", "lab/results/README.md")}
+PAGES = {
+    ROOT / name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "lab/README.md", "lab/results/README.md")
+}
 TEXT = re.sub("```diff.*?```", "", "".join(PAGES.values()), flags=re.DOTALL)  # tests/test_changes.py tries those
 COMMANDS = re.findall(r"(?:python|torchrun \S+) (train\.py|-m lab\.\w+)(?!.* (?:DIR|--help|golden))([^`\n]*)", TEXT)
 EXAMPLE, TUTORIAL = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -31,7 +34,7 @@ def test_the_example_turns_q_and_k():
 
 
 def test_the_tutorials_encoding_is_what_it_says_and_trains(monkeypatch, tiny_bearing, float64):
-    Path("rope_golden.py").write_text(TUTORIAL)
+    Path("rope_golden.py").write_text(TUTORIAL, encoding="utf-8")
     monkeypatch.syspath_prepend(".")
     golden = importlib.import_module("rope_golden")
     monkeypatch.setitem(ENCODINGS, "golden", golden.GoldenRoPE)
@@ -66,7 +69,7 @@ def test_every_flag_exists(capsys):
 
 
 def test_every_test_and_every_file_exists():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert set(re.findall(r"`(test_\w+)`", TEXT)) <= set(re.findall(r"def (test_\w+)\(", tests))
     for page, text in PAGES.items():
         links = re.findall(r"\]\(((?!https?:|#)[^)#]+)", text)
@@ -75,14 +78,14 @@ def test_every_test_and_every_file_exists():
 
 def test_the_tables_show_the_results(tmp_path):
     for page, text in PAGES.items():
-        (tmp_path / "page.md").write_text(text)
+        (tmp_path / "page.md").write_text(text, encoding="utf-8")
         report.report([tmp_path / "page.md"])
-        assert (tmp_path / "page.md").read_text() == text, f"{page}: run python -m lab.report"
+        assert (tmp_path / "page.md").read_text(encoding="utf-8") == text, f"{page}: run python -m lab.report"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_every_result_has_a_command_and_a_commit(path):
-    rows = experiments.read(path.stem) if path.suffix == ".csv" else [json.loads(path.read_text())]
+    rows = experiments.read(path.stem) if path.suffix == ".csv" else [json.loads(path.read_text(encoding="utf-8"))]
     for row in rows:
         assert re.fullmatch("[0-9a-f]{40}", row["commit"]) and row["torch"] and row["device"] and row["command"]
         if path.suffix == ".csv":

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from conftest import (
     interrupted,
     make_imagenet,
     pickled,
+    posix,
     run,
     weights,
 )
@@ -72,7 +72,7 @@ def test_a_run_writes_config_log_curves_checkpoint_and_result(capsys):
     assert {"pe": "axial", "dataset": "bearing", "seed": 9, "epochs": 3}.items() <= result.items()
     assert {"device", "torch", "commit", "command"} <= config.keys() & result.keys()
     assert result["parameters"] == sum(p.numel() for p in weights(out)["model"].values())
-    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((out / "log.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     for row in rows:
         epoch, steps = steps[:4], steps[4:]
@@ -99,7 +99,7 @@ def test_a_finished_run_is_neither_overwritten_nor_changed(capsys):
 
 def test_new_weights_remove_the_results_of_older_ones(monkeypatch):
     interrupted("--out=a")
-    Path("a/evaluation.json").write_text("{}")
+    Path("a/evaluation.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert run("--out=a", "--resume") == 0
     assert not Path("a/evaluation.json").exists()
@@ -129,14 +129,14 @@ def test_the_bar_shows_the_share_of_time_spent_waiting_for_images(monkeypatch):
 def test_the_environment_names_the_commit_and_uncommitted_changes_of_code(monkeypatch):
     monkeypatch.setattr(environment, "ROOT", Path.cwd())
     for name in "code.py", "rows.csv":
-        Path(name).write_text("a")
+        Path(name).write_text("a", encoding="utf-8")
     for words in "init -q", "add .", "-c user.name=a -c user.email=a commit -qm a":
         subprocess.run(["git", *words.split()], check=True)
     commit = environment.environment("cpu")["commit"]
     assert re.fullmatch("[0-9a-f]{40}", commit)
     Path("rows.csv").write_text("b")  # a result, which does not change the next one
     assert environment.environment("cpu")["commit"] == commit
-    Path("code.py").write_text("b")
+    Path("code.py").write_text("b", encoding="utf-8")
     assert environment.environment("cpu")["commit"] == f"{commit}-dirty"
 
 
@@ -158,8 +158,10 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(capsys):
     assert not Path("a/last.pt").exists() and signal.getsignal(signal.SIGINT) == previous
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_of_schedulers_and_terminals_stop_a_run_as_ctrl_c_does(number, capsys):
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_of_schedulers_and_terminals_stop_a_run_as_ctrl_c_does(name, capsys):
+    number = signal.Signals[name]
     previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with before(F, "cross_entropy", lambda *_: signal.raise_signal(number), call=2):
         assert run("--out=a") == 128 + number
@@ -177,6 +179,7 @@ def test_the_first_epoch_is_saved():
     assert saved == [4]
 
 
+@posix
 def test_sigkill_in_the_midst_of_saving_keeps_the_checkpoint_before():
     code = """if True:
         import itertools, os, pathlib, signal, sys, train
@@ -270,7 +273,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
-        ("--out /dev/null/run", "Not a directory: '/dev/null/run'"),
+        pytest.param("--out /dev/null/run", "Not a directory: '/dev/null/run'", marks=posix),
     ],
 )
 def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
@@ -280,10 +283,12 @@ def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
 
 @pytest.mark.parametrize("wrong", [{"RANK": "abc"}, {"WORLD_SIZE": "2"}, {"RANK": "1"}])
 def test_an_environment_that_is_not_torchruns_gets_one_line(wrong):
-    done = subprocess.run([sys.executable, ROOT / "train.py"], env=os.environ | wrong, capture_output=True, text=True)
+    options = {"env": os.environ | wrong, "capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run([sys.executable, ROOT / "train.py"], **options)
     assert done.returncode == 2 and re.fullmatch("error: RANK and WORLD_SIZE .* torchrun .*\n", done.stderr)
 
 
+@posix
 def test_a_closed_pipe_leaves_a_run_that_resumes():
     code = f"import train; from lab.data import Bearing; Bearing.train_size = 64; train.main({[*TINY, '--out=a']})"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -297,6 +302,7 @@ def test_a_terminal_that_knows_only_ascii_is_enough():
     assert done.returncode == 0 and b"to k?ln/" in done.stdout
 
 
+@posix
 def test_a_folder_has_one_writer_and_a_killed_one_does_not_block_it(capsys):
     assert run("--out=a") == 0
     code = "import lab.files, pathlib\nwith lab.files.locked(pathlib.Path('a')): print('locked', flush=True), input()"
@@ -315,9 +321,9 @@ def test_a_folder_has_one_writer_and_a_killed_one_does_not_block_it(capsys):
 def test_a_folder_of_something_else_is_left_as_it_is(name, capsys):
     path = Path("a", name)
     path.parent.mkdir()
-    path.write_text('{"model": "mine"}')
+    path.write_text('{"model": "mine"}', encoding="utf-8")
     assert f"{path} does not belong to a run: choose another folder with --out" in bad(capsys, "--out=a")
-    assert os.listdir("a") == [name] and path.read_text() == '{"model": "mine"}'
+    assert os.listdir("a") == [name] and path.read_text(encoding="utf-8") == '{"model": "mine"}'
 
 
 @pytest.mark.parametrize("dataset, why", [("cifar100", "cannot download"), ("imagenet", "data/train does not exist")])
@@ -343,13 +349,14 @@ def test_a_full_gpu_gets_advice_and_a_bug_its_traceback(capsys, monkeypatch):
 def test_a_missing_compiler_suggests_no_compile():
     command = [sys.executable, ROOT / "train.py", *TINY, "--compile", "--out=a"]
     env = os.environ | {"CXX": "nowhere", "TORCHINDUCTOR_CACHE_DIR": "cache"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "compiler" in done.stderr and "--no-compile" in done.stderr
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.5])
 def test_a_disk_that_fills_while_saving_keeps_the_last_checkpoint(part, capsys):
+    resource = pytest.importorskip("resource")
     interrupted("--out=a")
     saved, (soft, hard) = Path("a/last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * len(saved)), hard))  # no file becomes larger
@@ -607,7 +614,7 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, capsys, missing):
 
 
 def test_curves_ignore_a_notebooks_backend_and_a_matplotlibrc(tmp_path):
-    Path("matplotlibrc").write_text("text.usetex: True\nbackend: module://nowhere\n")
+    Path("matplotlibrc").write_text("text.usetex: True\nbackend: module://nowhere\n", encoding="utf-8")
     row = {"epoch": 1, "train_loss": 1, "train_accuracy": 2, "test_accuracy": 3}
     draw = f"import pathlib, lab.pictures; lab.pictures.plot_curves(pathlib.Path('a.png'), 'a_b', [{row}])"
     theirs = {"MPLBACKEND": "module://nowhere", "PYTHONPATH": str(ROOT)}
