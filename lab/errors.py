@@ -56,8 +56,8 @@ def explanation(e):
 
 
 def is_out_of_memory(e):
-    """Python's error, torch's on a GPU and on a CPU, and cuBLAS's."""
-    words = "can't allocate memory", "ALLOC_FAILED"
+    """Python's error, torch's on a GPU and on a CPU, cuBLAS's, and those of sizes beyond 2^63."""
+    words = "can't allocate memory", "ALLOC_FAILED", "Storage size calculation overflowed", "Overflow when unpacking"
     return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or any(word in str(e) for word in words)
 
 

@@ -84,12 +84,17 @@ def evaluate(run, args):
     config, path = saved["config"], run / "evaluation.json"
     if args.workers is not None and "workers" in saved["data"]:
         saved["data"]["workers"] = args.workers
-    data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"]).load()
+    try:
+        data = DATASETS[config["dataset"]](args.data_dir, device=args.device, **saved["data"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{run} does not fit its data set, which has changed since ({e}): train it again") from e
+    data.load()
     labels = class_labels(run, data, config["data_set"]).to(args.device)
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_of_run(path, config).get("accuracies", {})
-    for name, found in evaluations(model, data, labels, config["eval_size"] or data.img_size, config["seed"], args):
+    size = config.get("eval_size") or data.img_size
+    for name, found in evaluations(model, data, labels, size, config["seed"], args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}

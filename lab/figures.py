@@ -372,6 +372,18 @@ def by_name(runs, values):
     return {name: {x: [points[x] for points in seeds[name]] for x in xs} for name, xs in shared.items() if xs}
 
 
+def evaluated(run, kind, number, at):
+    """{x: accuracy} of one kind of evaluation, and of the test as the one at x = at; {} if there is none."""
+    try:
+        found = {number(x): y for x, y in run.evaluation.get(kind, {}).items()}
+        found = found and {at: run.evaluation["test"]["test"]} | found
+        if not all(x < 1e6 and 0 <= y <= 100 for x, y in found.items()):
+            raise ValueError(f"a number of {kind} is out of range")
+        return found
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{run.folder / 'evaluation.json'} is corrupt ({e}): delete it, and generate it again") from e
+
+
 def best(found):
     """The last x, and the (name, mean) of the two that are highest there."""
     x = max(map(max, found.values()))
@@ -434,12 +446,7 @@ def sizes(runs):
     """Test accuracy by image size, at the same patch size (figure 3)."""
     model = runs[0].model
     trained = model.grid * model.patch_embed.proj.stride[0]
-
-    def values(run):
-        found = {int(size): y for size, y in run.evaluation.get("size", {}).items()}
-        return found and {run.config["eval_size"] or trained: run.evaluation["test"]["test"]} | found
-
-    if found := by_name(runs, values):
+    if found := by_name(runs, lambda run: evaluated(run, "size", int, run.config.get("eval_size") or trained)):
         size, first = best(found)
         title = f"Best at {size} pixels: {ranked(first)}"
         figure, [axes] = lines(title, ("side of the test images in pixels; line: of the training images", found))
@@ -450,16 +457,8 @@ def sizes(runs):
 
 def shifts(runs):
     """Test accuracy when all positions shift, or all but the class token's (Yu et al. 2025, figure 5)."""
-
-    def shifted(kind):
-        def values(run):
-            found = {float(rho): y for rho, y in run.evaluation.get(kind, {}).items()}
-            return found and {0.0: run.evaluation["test"]["test"]} | found
-
-        return by_name(runs, values)
-
-    every = "shift of all positions, in patches", shifted("shift")
-    but_one = "of all but the class token's", shifted("patch shift")
+    every = "shift of all positions, in patches", by_name(runs, lambda run: evaluated(run, "shift", float, 0.0))
+    but_one = "of all but the class token's", by_name(runs, lambda run: evaluated(run, "patch shift", float, 0.0))
     if panels := [(label, found) for label, found in (every, but_one) if found]:
         figure, all_axes = lines("Equivariant encodings ignore a shift of all positions", *panels)
         for axes, (_, found) in zip(all_axes, panels, strict=True):

@@ -102,7 +102,7 @@ def cost(file, what, **sizes):
     def cell(pe):
         for row in benchmark(file):
             if (sizes | {"what": what, "pe": pe}).items() <= row.items():
-                spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
+                spread = f" ({row['low']:.2f} to {row['high']:.2f})" if row.get("low") is not None else ""
                 return f"{row['ratio']:.{2 if row['ratio'] < 10 else 0}f}{spread}"
         return None
 

@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 from lab.checkpoint import from_bytes, give_back, not_finite, snapshot, to_bytes, unreadable
-from lab.errors import UserError, first_line, is_out_of_memory, user_errors
+from lab.errors import UserError, first_line, is_out_of_memory
 from lab.files import atomic_write, plain, read_json
 from vit import ViT
 
@@ -109,11 +109,12 @@ def read_checkpoint(folder):
 def read_run(folder, device="cpu"):
     """A run's folder -> the content of its last.pt, and its model."""
     saved = read_checkpoint(folder)
-    with user_errors(ValueError):
-        model = ViT(**saved["vit"])
     try:
+        model = ViT(**saved["vit"])
         model.load_state_dict(saved["model"])
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, ValueError) as e:
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{folder / 'last.pt'} does not fit the model, which has changed since ({e})") from e
     return saved, model.to(device)
 

@@ -175,6 +175,19 @@ def test_every_script_refuses_a_checkpoint_that_lacks_a_part(part, capsys):
         assert f"run/last.pt is not a checkpoint of train.py ('{part}')" in complaint(capsys, script.main, *flags)
 
 
+def test_runs_of_an_older_version_are_evaluated_or_say_what_has_changed(capsys):
+    trained("axial")
+    saved = weights("run")
+    del saved["config"]["eval_size"]
+    torch.save(saved, "run/last.pt")
+    assert evaluated("--sizes", "24") and figures.sizes(figures.read_runs([Path("run")]))
+    of_data, of_model = "does not fit its data set, which has changed", "does not fit the model, which has changed"
+    for part, name, says in ("data", "renamed", of_data), ("config", "dataset", of_data), ("vit", "renamed", of_model):
+        torch.save(saved | {part: saved[part] | {name: "x"}}, "run/last.pt")
+        Path("run/evaluation.json").unlink(missing_ok=True)
+        assert says in complaint(capsys, evaluate.main, "run")
+
+
 def test_each_evaluation_is_of_the_images_that_it_names(given):
     trained("axial")
     given.clear()

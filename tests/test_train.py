@@ -270,6 +270,8 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--epochs 1" + "0" * 300, "--epochs: is too large"),
         ("--opt lamb --lr 1e39", "--lr: is too large: 1e39"),
         ("--batch-size 1000000000000000", "out of memory: try a smaller --batch-size"),
+        (f"--batch-size {2**63 - 1}", "out of memory: try a smaller --batch-size"),
+        (f"--head-dim {2**63 - 1}", "out of memory: try a smaller --batch-size, --micro-batch or model"),
         ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
