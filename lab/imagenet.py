@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import signal
+import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -195,9 +196,15 @@ def find_classes(train, val, limit):
         raise UserError(f"{train} has no classes: put the images of each class into their own folder there")
     if limit is not None and not 1 <= limit <= len(classes):
         raise UserError(f"{train} has {len(classes)} classes: --limit-classes must be from 1 to that, not {limit}")
-    for name in sorted(names ^ tested if limit is None else set(classes[:limit]) - tested):
-        missing = (val if name in names else train) / name
-        raise UserError(f"{missing} does not exist: train and val must have folders for the same classes")
+    wanted = set(classes[:limit])
+    for name in sorted(wanted - tested) or sorted(tested - names if limit is None else []):
+        (here, there), others = ((train, val), tested) if name in names else ((val, train), names)
+        fix = f"train and val must have folders for the same classes, so add it or delete {here / name}"
+        if not wanted & tested:
+            fix = f"images must lie directly in {val}/<class>/"
+        if unicodedata.normalize("NFC", name) in {unicodedata.normalize("NFC", other) for other in others}:
+            fix = f"{there} has the same name in another Unicode form, so rename one of the two"
+        raise UserError(f"{there / name} does not exist: {fix}")
     return classes[:limit]
 
 
@@ -221,7 +228,10 @@ def find_images(folder, classes):
         names = sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and is_file(e))
         left_out += len(entries) - len(names)
         if not names:
-            raise UserError(f"{folder / c} has no images: add some that end in {', '.join(SUFFIXES)}")
+            fix = f"add some that end in {', '.join(SUFFIXES)}"
+            if deeper := [e.name for e in entries if os.path.isdir(e)]:
+                fix = f"they must lie directly in {folder}/<class>/, not in {folder / c / deeper[0]}"
+            raise UserError(f"{folder / c} has no images: {fix}; or delete it if it is no class")
         files += [os.fsencode(f"{c}/{name}") for name in names]
         labels += [label] * len(names)
     return np.array(files), np.array(labels), left_out

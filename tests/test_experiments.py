@@ -242,7 +242,9 @@ def test_frequencies_and_peers_have_a_row_for_what_was_measured():
 
 def test_costs_are_those_of_the_benchmarks_file():
     step = {"what": "training step", "pe": "axial", "ratio": 1.0834, "low": 1.0, "high": 1.25}
-    memory = [{"what": "encoding, memory", "pe": pe, "ratio": x} for pe, x in (("axial", 2.25), ("liere", 450.4))]
+    memory = [
+        {"what": "encoding, memory", "pe": pe, "ratio": x, "low": None} for pe, x in (("axial", 2.25), ("liere", 450.4))
+    ]
     tokens = {"part": "tokens", "what": "encoding, forward and backward", "pe": "axial"}
     rows = [step, *memory, *(tokens | {"tokens": n, "ratio": n} for n in (64, 1024))]
     write_json(Path("benchmark-cpu.json"), {"rows": rows})

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import unicodedata
 from collections import Counter
 from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 from unittest.mock import Mock
 
 import numpy as np
@@ -439,7 +440,7 @@ def test_one_good_image_is_enough_to_train_but_none_is_an_error_and_nothing_to_t
     images, labels = data.train_batch(0)
     assert set(numbers(images)) == {15} and set(labels.tolist()) == {1} and len(data.corrupt) == 15
     assert list(data.test_batches(batch_size=3)) == [] and len(data.corrupt) == 22
-    good.unlink()
+    good.write_bytes(b"")
     for other in others:
         message = error(other.train_batch, 0)
         assert message.startswith(f"cannot read {root}") and message.endswith(f": check {root}/train")
@@ -465,6 +466,44 @@ def test_a_gpu_gets_the_same(root):
     for (expected, expected_labels), (images, labels) in zip(cpu, gpu, strict=True):
         assert images.is_cuda and labels.is_cuda and torch.equal(labels.cpu(), expected_labels)
         assert (images.cpu() - expected).abs().max() < 8 * EPS / min(ImageNet.std)
+
+
+def test_images_in_the_wrong_place_are_an_error_that_says_where_they_belong(root):
+    def found(change):
+        copy = root.with_name("copy")
+        copytree(root, copy)
+        change(copy)
+        message = error(lambda: make(copy)).replace(f"{copy}/", "")
+        rmtree(copy)
+        return message
+
+    def down(folder):  # as in tiny-imagenet
+        folder.rename(folder.with_name("x"))
+        folder.mkdir()
+        folder.with_name("x").rename(folder / "images")
+
+    def flat(val):  # as in the official archive
+        for path in val.glob("*/*"):
+            path.rename(val / path.name)
+        for name in "ant", "bee", "cat":
+            (val / name).rmdir()
+
+    def in_both_forms(copy):
+        for part, form in ("train", "NFC"), ("val", "NFD"):
+            (copy / part / "bee").rename(copy / part / unicodedata.normalize(form, "caf\u00e9"))
+
+    same = "does not exist: train and val must have folders for the same classes, so add it or delete"
+    message = found(lambda copy: down(copy / "train/bee"))
+    assert message.startswith(
+        "train/bee has no images: they must lie directly in train/<class>/, not in train/bee/images"
+    )
+    for change in down, flat:
+        message = found(lambda copy, change=change: change(copy / "val"))
+        assert message == "val/ant does not exist: images must lie directly in val/<class>/"
+    for there, here in ("val", "train"), ("train", "val"):
+        message = found(lambda copy, here=here: (copy / here / "@eaDir").mkdir())
+        assert message == f"{there}/@eaDir {same} {here}/@eaDir"
+    assert "does not exist: val has the same name in another Unicode form, so rename" in found(in_both_forms)
 
 
 @pytest.mark.parametrize(
