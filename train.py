@@ -177,7 +177,7 @@ def train(args):
         vit_options |= {name: start[name] for name in ("img_size", "mlp_ratio") if name in start}
         if data.img_size % args.patch_size:
             raise UserError(f"images must be of a multiple of {args.patch_size} pixels, not {data.img_size}")
-    with user_errors(ValueError):
+    with user_errors(args):
         model = ViT(**vit_options).to(device)
     if args.init and not args.resume:
         start_from(model, weights, args.pe == start["pe"])
@@ -247,7 +247,7 @@ def train(args):
 
                 # The progress bar and the checkpoint
                 bar.update(args.batch_size)
-                if RANK == 0 and (since := time.perf_counter() - shown) > SHOW_SECONDS:
+                if RANK == 0 and ((since := time.perf_counter() - shown) > SHOW_SECONDS or step == 0):
                     loss, correct = epoch_means(state)
                     waiting = "" if args.workers is None else f", waiting for images {waited / since:.0%}"
                     bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
@@ -342,7 +342,10 @@ def epoch_means(state):
     steps, loss, correct, norm = state["totals"].tolist()
     if not math.isfinite(loss + norm):
         what = "the gradient" if math.isfinite(loss) else "the loss"
-        raise UserError(f"{what} became NaN or infinite: try a lower --lr", code=1)
+        why = "became NaN or infinite: try a lower --lr"
+        if state["step"] == 1:
+            why = "is NaN or infinite at the first step: change --pos-scale, --pe-options or the data"
+        raise UserError(f"{what} {why}", code=1)
     return loss / max(steps, 1), correct / max(steps, 1)
 
 

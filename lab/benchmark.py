@@ -289,7 +289,7 @@ def images_below(folder):
 
 def vit_of(pe, args, **shape):
     flags = {name: getattr(args, name) for name in ("img_size", "patch_size", "depth", "head_dim")}
-    with user_errors(ValueError):
+    with user_errors(args):
         return ViT(pe=pe, num_heads=args.heads, **flags | shape | args.pe_options.get(pe, {})).to(args.device)
 
 

@@ -1,6 +1,7 @@
 """An error that the user can fix is one line that says how, with exit code 2. A bug keeps its traceback."""
 
 import functools
+import re
 import sys
 from contextlib import contextmanager
 
@@ -14,12 +15,13 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_errors(*kinds):
-    """Errors of these kinds in the block are the user's, and say what to do."""
+def user_errors(args):
+    """A ValueError in the block is the user's, and says what to do. Options that args has become flags in it."""
     try:
         yield
-    except kinds as e:
-        raise UserError(e) from e
+    except ValueError as e:
+        words = re.split("([a-z]+_[a-z]+)", str(e))
+        raise UserError("".join(f"--{word.replace('_', '-')}" if word in args else word for word in words)) from e
 
 
 def one_line_errors(main):
@@ -46,8 +48,11 @@ def one_line_errors(main):
 
 def explanation(e):
     """What is wrong and how to fix it; None for a bug."""
-    if isinstance(e, UserError | OSError):
+    if isinstance(e, UserError):
         return str(e)
+    if isinstance(e, OSError):
+        what = f"{e.filename or 'a file'} ({e.strerror})" if e.errno else str(e)
+        return f"cannot read or write {what}: check free space, permissions and ulimit -n, then run again"
     if is_out_of_memory(e):
         return "out of memory: try a smaller --batch-size, --micro-batch or model"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):

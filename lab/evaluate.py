@@ -35,7 +35,7 @@ from lab.cli import Parser, add_device_flags, folder, number
 from lab.data import REGIONS, Bearing
 from lab.datasets import DATASETS
 from lab.distributed import WORLD_SIZE, usable_device
-from lab.errors import UserError, one_line_errors
+from lab.errors import UserError, is_out_of_memory, one_line_errors
 from lab.files import locked, write_json
 from lab.imagenet import IMAGENET_1K
 from lab.run import read_of_run, read_run
@@ -54,7 +54,12 @@ def main(argv=None):
         if not run.is_dir():
             raise UserError(f"there is no {run}/last.pt: name folders that train.py has written")
         with locked(run):  # a run still in training would replace the weights meanwhile
-            evaluate(run, args)
+            try:
+                evaluate(run, args)
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise UserError("out of memory: try smaller --sizes, or --device cpu") from e
+                raise
 
 
 def parse_args(argv):

@@ -24,6 +24,9 @@ def atomic_write(path):
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())  # the content reaches the disk before the name
         os.replace(tmp, path)
+    except OSError as e:
+        e.filename = str(e.filename or path).removesuffix(".tmp")  # a full disk's error has no name
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 

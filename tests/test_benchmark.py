@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("not a file of lab.benchmark", "--json=mine.json"),
         ("--device nowhere cannot be used", "--device=nowhere"),
         ("--device meta cannot be used", "--device=meta"),
-        ("head_dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
+        ("--head-dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
         ("multiple of 4 for peers, not 18", "peers", "--pe", "axial", "--head-dim=18"),
         ("none ape has nothing to measure in alone", "alone", "--pe", "none", "ape"),
         ("--photos", "decoding", "--photos=nowhere"),

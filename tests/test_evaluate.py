@@ -139,6 +139,7 @@ def test_errors_get_one_line(capsys, monkeypatch):
     assert "RUN" in complaint(capsys, evaluate.main)
     assert "there is no nowhere/last.pt" in complaint(capsys, evaluate.main, "nowhere")
     assert "cells of 4 pixels" in complaint(capsys, evaluate.main, "run", "--sizes", "30")
+    assert "out of memory: try smaller --sizes" in complaint(capsys, evaluate.main, "run", "--sizes", "40000000")
     torch.save({"vit": Call(os.mkdir, "harm")}, "run/last.pt")
     assert "run/last.pt is not a checkpoint of train.py" in complaint(capsys, evaluate.main, "run")
     assert not Path("harm").exists()

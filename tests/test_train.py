@@ -254,7 +254,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--workers 2", "--dataset bearing takes no --workers: leave it out"),
         ("--skip-corrupt", "--dataset bearing takes no --skip-corrupt: leave it out"),
         ("--dataset imagenet --eval-size 50", "--eval-size must be a multiple of --patch-size 16, not 50"),
-        ("--patch-size 5", "a multiple of patch_size = 5, got 32"),
+        ("--patch-size 5", "--img-size must be a multiple of --patch-size = 5, got 32"),
         ("--micro-batch 5", "--micro-batch must divide the 16 images per process"),
         ("--jitter 1 --pe ape", "leave --jitter and --shift out"),
         ("--shift 1 --pe none", "leave --jitter and --shift out"),
@@ -264,7 +264,10 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--pe axial --pe-options learned=1", "learned must be like False, not '1'"),
         ("--pe axial-learned --pe-options learned=False", "axial-learned means learned=True: leave learned out"),
         ("--pe comrope-ap --pe-options kind=ld", "comrope-ap means kind=ap: leave kind out, or choose another --pe"),
-        ("--pe liere --pe-options block_size=13", "block_size must be a whole number from 2 to head_dim = 12, got 13"),
+        (
+            "--pe liere --pe-options block_size=13",
+            "block_size must be a whole number from 2 to --head-dim = 12, got 13",
+        ),
         ("--device gpu", "--device gpu cannot be used"),
         ("--device meta", "--device meta cannot be used"),
         ("--epochs 1" + "0" * 300, "--epochs: is too large"),
@@ -275,7 +278,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
-        pytest.param("--out /dev/null/run", "Not a directory: '/dev/null/run'", marks=posix),
+        pytest.param("--out /dev/null/run", "/dev/null/run (Not a directory): check", marks=posix),
     ],
 )
 def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
@@ -356,8 +359,8 @@ def test_a_missing_compiler_suggests_no_compile():
     assert "compiler" in done.stderr and "--no-compile" in done.stderr
 
 
-@pytest.mark.parametrize("part", [0, 0.01, 0.5])
-def test_a_disk_that_fills_while_saving_keeps_the_last_checkpoint(part, capsys):
+@pytest.mark.parametrize("part, name", [(0, "log.csv"), (0.01, "last.pt"), (0.5, "last.pt")])
+def test_a_disk_that_fills_while_saving_keeps_the_last_checkpoint(part, name, capsys):
     resource = pytest.importorskip("resource")
     interrupted("--out=a")
     saved, (soft, hard) = Path("a/last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -366,7 +369,7 @@ def test_a_disk_that_fills_while_saving_keeps_the_last_checkpoint(part, capsys):
         line = bad(capsys, "--out=a", "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in line
+    assert f"a/{name} (File too large): check free space" in line
     assert Path("a/last.pt").read_bytes() == saved
 
 
@@ -447,6 +450,11 @@ def test_there_is_no_result_without_a_tested_image(capsys):
         path.write_bytes(b"no image")
     assert "no test image could be read: check --data-dir\n" in bad(capsys, *FOLDERS, "--out=b", "--skip-corrupt")
     assert not Path("b/result.json").exists()
+
+
+def test_nan_at_the_first_step_is_not_blamed_on_the_rate(capsys):
+    assert run("--pe=liere", "--pos-scale=1e30", "--out=a") == 1
+    assert "NaN or infinite at the first step: change --pos-scale" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
