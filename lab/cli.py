@@ -75,5 +75,5 @@ def parse_options(words, pe, make):
 
 def add_device_flags(parser):
     add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--device", default=device, help="cpu, cuda, cuda:1, mps ... (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on CUDA only)")

@@ -1,6 +1,6 @@
 """One process or several, and the communication between them.
 
-    torchrun --nproc_per_node=8 train.py ...        # sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR
+    torchrun --nproc_per_node=8 train.py ...        # sets RANK, WORLD_SIZE, MASTER_ADDR and so on
 
 Each process (rank) trains on its shard of every batch, and torch's DistributedDataParallel averages the gradients.
 Everything else that ranks must agree on goes through the functions below, which all ranks call in the same order. In a
@@ -23,10 +23,13 @@ try:
     LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
     WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
     LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
+    if not 0 <= RANK < WORLD_SIZE:
         raise ValueError
-except ValueError:
-    print("error: RANK and WORLD_SIZE are invalid: use torchrun to set them, or unset both", file=sys.stderr)
+    if WORLD_SIZE > 1 and not (os.environ["MASTER_ADDR"] and 0 < int(os.environ["MASTER_PORT"]) < 2**16):
+        raise ValueError
+except (KeyError, ValueError):
+    names = "RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT"
+    print(f"error: {names} is missing or invalid: use torchrun to set them, or unset all", file=sys.stderr)
     sys.exit(2)
 
 
@@ -44,7 +47,7 @@ def usable_device(name):
             torch.cuda.set_device(device)  # the device to synchronise with and to compile for
         return device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used ({first_line(e)}): try --device cpu") from e
+        raise UserError(f"--device {name} cannot be used ({first_line(e).partition('. ')[0]}): try --device cpu") from e
 
 
 def init(name):

@@ -52,6 +52,9 @@ pytestmark = pytest.mark.usefixtures("tiny_bearing")
 FOLDERS = ["--dataset=imagenet", "--data-dir=in", "--img-size=32", "--patch-size=16", "--batch-size=6", "--workers=0"]
 
 
+without_mps = pytest.mark.skipif(torch.backends.mps.is_built(), reason="this torch has the mps backend")
+
+
 @pytest.fixture
 def cifar():
     """A CIFAR-100 of noise in data/: 64 training images and 20 test images."""
@@ -270,6 +273,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ),
         ("--device gpu", "--device gpu cannot be used"),
         ("--device meta", "--device meta cannot be used"),
+        pytest.param("--device mps", "with arguments from the 'MPS' backend): try --device cpu", marks=without_mps),
         ("--epochs 1" + "0" * 300, "--epochs: is too large"),
         ("--opt lamb --lr 1e39", "--lr: is too large: 1e39"),
         ("--batch-size 1000000000000000", "out of memory: try a smaller --batch-size"),
@@ -286,11 +290,16 @@ def test_bad_flags_get_one_line_and_write_nothing(flags, says, capsys):
     assert {path.name for path in Path().rglob("*") if path.is_file()} <= {"config.json"}
 
 
-@pytest.mark.parametrize("wrong", [{"RANK": "abc"}, {"WORLD_SIZE": "2"}, {"RANK": "1"}])
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "abc"}, {"WORLD_SIZE": "2"}, {"RANK": "1"}, TWO, TWO | {"MASTER_PORT": "a"}]
+)
 def test_an_environment_that_is_not_torchruns_gets_one_line(wrong):
     options = {"env": os.environ | wrong, "capture_output": True, "encoding": "utf-8"}
     done = subprocess.run([sys.executable, ROOT / "train.py"], **options)
-    assert done.returncode == 2 and re.fullmatch("error: RANK and WORLD_SIZE .* torchrun .*\n", done.stderr)
+    assert done.returncode == 2 and re.fullmatch("error: RANK, WORLD_SIZE, .* torchrun .*\n", done.stderr)
 
 
 @posix
