@@ -51,6 +51,12 @@ UPRIGHT = {  # the transposition that undoes each orientation
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+SCALES = {
+    "L;2": 85,
+    "L;4": 17,
+    "I;16B": 1 / 256,
+    "RGB;16B": 1 / 256,
+}  # to the 8 bits that Pillow makes of a PNG
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd EXIF data is read as far as possible
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: they also wait for disks
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large images; Pillow refuses huge ones
@@ -321,10 +327,15 @@ def centre_crop(width, height, S):
 
 def opaque(image):
     """An image of any mode -> RGB, or L, which resizes three times as fast. Transparency becomes white."""
+    level, scale = image.info.get("transparency"), SCALES.get(image.tile[0][3] if image.tile else None)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "RGBA" and image.format == "BMP" and not image.getchannel("A").getbbox():
         image = image.convert("RGB")  # the fourth byte of such files is unused
+    if scale and level is not None:
+        image.info["transparency"] = (
+            int(scale * level) if isinstance(level, int) else tuple(int(scale * x) for x in level)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

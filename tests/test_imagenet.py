@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import unicodedata
+import zlib
 from collections import Counter
 from functools import partial
 from multiprocessing import active_children
@@ -340,6 +342,24 @@ def test_odd_files_look_as_a_person_sees_them(tmp_path, name):
     shown = load(tmp_path / name, 24)
     assert shown.shape == (24, 24, 3) and shown.dtype == np.uint8
     assert difference(shown[:, :9], left).max() <= 3 and difference(shown[:, 15:], right).max() <= 3
+
+
+@pytest.mark.parametrize("bits, channels, level", [(2, 1, 1), (4, 1, 5), (16, 1, 0x8010), (16, 3, 0x8010)])
+def test_a_pngs_transparent_level_is_white_at_every_depth(tmp_path, bits, channels, level):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pixels = channels * 16 * f"{level:0{bits}b}" + channels * 16 * bits * "0"
+    row = b"\0" + int(pixels, 2).to_bytes(len(pixels) // 8, "big")
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 32, 32, bits, 2 * (channels == 3), 0, 0, 0),
+        b"tRNS": channels * level.to_bytes(2, "big"),
+        b"IDAT": zlib.compress(32 * row),
+        b"IEND": b"",
+    }
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(chunk, parts.items())))
+    shown = load(tmp_path / "a.png", 16)
+    assert (shown[:, :5] == 255).all() and not shown[:, -5:].any()
 
 
 def encoded(image, kind):
