@@ -51,12 +51,7 @@ UPRIGHT = {  # the transposition that undoes each orientation
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-SCALES = {
-    "L;2": 85,
-    "L;4": 17,
-    "I;16B": 1 / 256,
-    "RGB;16B": 1 / 256,
-}  # to the 8 bits that Pillow makes of a PNG
+SCALES = {"L;2": 85, "L;4": 17, "I;16B": 1 / 256, "RGB;16B": 1 / 256}  # of a PNG's transparent level, to 8 bits
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd EXIF data is read as far as possible
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: they also wait for disks
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large images; Pillow refuses huge ones
@@ -109,7 +104,7 @@ class ImageNet(Dataset):
         Workers read ahead, so the next step's images are ready soon; asking for any other step restarts them.
         """
         if step != self.next_step:
-            self.batches = self.results(self.train, self.train_jobs(step))
+            self.batches = self.results(self.train, self.train_jobs(step), self.rank_batch_size)
         images, targets = next(self.batches)
         self.next_step = step + 1
         if self.augment != "none":
@@ -121,7 +116,7 @@ class ImageNet(Dataset):
     def test_batches(self, batch_size=100, img_size=None):
         """Yield this rank's shard of the test images, each once: a centre crop of 7/8 of the shorter side."""
         reader = replace(self.test, S=img_size or self.img_size)
-        for images, labels in self.results(reader, self.test_jobs(batch_size)):
+        for images, labels in self.results(reader, self.test_jobs(batch_size), batch_size):
             if len(labels):  # else all of them were corrupt
                 yield self.normalise(images), labels
 
@@ -140,9 +135,10 @@ class ImageNet(Dataset):
             part = i[start : start + batch_size]
             yield part, [None] * len(part)
 
-    def results(self, reader, jobs):
+    def results(self, reader, jobs, batch_size):
         """Yield images (B, 3, S, S) uint8 and labels (B,) of all jobs in order, on the device. Workers run the jobs."""
-        ahead = 2 * self.workers * LOCAL_WORLD_SIZE * max(100, self.rank_batch_size) * 3 * reader.S**2  # bytes
+        images = batch_size + 100 * (reader is self.train)  # the test begins while training still reads ahead
+        ahead = 2 * self.workers * LOCAL_WORLD_SIZE * images * 3 * reader.S**2  # bytes
         shared = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
         if ahead > shared:
             raise UserError(

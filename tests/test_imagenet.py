@@ -150,8 +150,15 @@ def test_a_changed_folder_is_noticed(root):
 def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):
     monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: Mock(free=64 << 20))
     message = error(make(root, img_size=512, workers=2).train_batch, 0)
-    assert "64 MB" in message and "need 300" in message and "--workers" in message and "--shm-size" in message
-    make(root, workers=2).train_batch(0)
+    assert "64 MB" in message and "need 318" in message and "--workers" in message and "--shm-size" in message
+    batch, test = (2 * n * 3 * 16**2 for n in (6, 100))  # one worker, two batches each
+    data, shared = make(root, workers=1), Mock(free=batch + test - 1)
+    monkeypatch.setattr(imagenet.shutil, "disk_usage", lambda path: shared)
+    error(data.train_batch, 0)
+    shared.free += 1
+    data.train_batch(0)
+    shared.free -= batch  # what training leaves
+    assert list(data.test_batches())
 
 
 @posix
