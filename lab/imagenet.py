@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.Image import Transpose
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from lab.augment import flip_and_color, mix
 from lab.data import Dataset, batch_indices
@@ -41,6 +41,7 @@ SUFFIXES = ".jpeg", ".jpg", ".png", ".bmp", ".webp"
 FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no others, whatever the file name: for some, Pillow starts programs
 IMAGENET_1K = "ImageNet-1k"  # what a published model was trained on: the 1000 classes of imagenet_classes.txt, in order
 TRIES = 100  # after so many unreadable images in a row, something else is wrong
+LESS_MEMORY = "use fewer --workers (or 0), a smaller --batch-size, or docker run --shm-size"
 ORIENTATION = 0x0112  # in EXIF data
 UPRIGHT = {  # the transposition that undoes each orientation
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -143,7 +144,7 @@ class ImageNet(Dataset):
         if ahead > shared:
             raise UserError(
                 f"shared memory (/dev/shm) has {shared >> 20} MB, but {self.workers} workers that read ahead need "
-                f"{ahead >> 20}: use fewer --workers (or 0), a smaller --batch-size, or docker run --shm-size"
+                f"{ahead >> 20}: {LESS_MEMORY}"
             )
         loader = DataLoader(
             reader,
@@ -167,6 +168,7 @@ def received(loader, device, corrupt):
             raise UserError(batch)
         images, labels, unreadable = batch
         corrupt.update(unreadable)
+        labels = torch.tensor(labels, dtype=torch.int64, pin_memory=device.type == "cuda")
         images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
         yield images.permute(0, 3, 1, 2).contiguous(), labels
 
@@ -251,18 +253,22 @@ class Reader:
     skip_corrupt: bool
 
     def __getitem__(self, job):
-        """Indices (B,) and a seed for each (None in a test) -> (B, S, S, 3) uint8, labels (B,), paths of corrupt files.
+        """Indices (B,) and a seed for each (None in a test) -> (B, S, S, 3) uint8, labels [B], paths of corrupt files.
 
         Or an error message, a str: an error raised here would arrive with this process's traceback in it.
         """
-        images, labels, corrupt = np.empty((len(job[0]), self.S, self.S, 3), np.uint8), [], []
+        images, labels, corrupt = torch.empty((len(job[0]), self.S, self.S, 3), dtype=torch.uint8), [], []
+        try:
+            pixels = (images.share_memory_() if get_worker_info() else images).numpy()
+        except RuntimeError as e:  # else torch would say so, send nothing, and let the main process wait
+            return f"shared memory is full ({first_line(e)}): {LESS_MEMORY}"
         for i, seed in zip(*job, strict=True):
             random = seed and np.random.default_rng(seed)
             for _ in range(TRIES):
                 path = self.folder / os.fsdecode(self.files[i])
                 try:
-                    images[len(labels)] = load(path, self.S, random if self.augment else None)
-                    labels.append(self.labels[i])
+                    pixels[len(labels)] = load(path, self.S, random if self.augment else None)
+                    labels.append(int(self.labels[i]))
                     break
                 except Exception as e:  # a corrupt file can fail in any way
                     if getattr(e, "errno", None):  # the system's fault, not the image's: Pillow's errors have none
@@ -276,7 +282,7 @@ class Reader:
                 i = random.integers(len(self.files))
             else:
                 return f"cannot read {path}, nor the {TRIES - 1} images tried before it: check {self.folder}"
-        return images[: len(labels)], np.array(labels, dtype=np.int64), corrupt
+        return images[: len(labels)], labels, corrupt
 
 
 def load(path, S, random=None):

@@ -161,6 +161,13 @@ def test_what_workers_need_is_said_before_they_lack_it(root, monkeypatch):
     assert list(data.test_batches())
 
 
+def test_shared_memory_that_fills_amid_a_run_is_an_error_of_one_line(root, monkeypatch):
+    monkeypatch.setattr(imagenet, "get_worker_info", Mock(return_value="a worker"))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("No space left on device")))
+    message = error(make(root).train_batch, 0)
+    assert message.startswith("shared memory is full (No space left on device): use fewer --workers")
+
+
 @posix
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])  # the latter from its parent
 def test_a_killed_worker_is_an_error_of_one_line(root, name):
