@@ -41,6 +41,9 @@ def one_line_errors(main):
             if (why := explanation(e)) is None:
                 raise
             print("error:", " ".join(why.split()), file=sys.stderr)
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # __del__ of what is half-built may complain
+            e.__traceback__ = e.__cause__ = e.__context__ = None  # which runs it here
+            sys.unraisablehook = hook
             return e.code if isinstance(e, UserError) else 2
 
     return wrapped

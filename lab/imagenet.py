@@ -178,6 +178,8 @@ def next_batch(batches):
     try:
         return next(batches, None)
     except (RuntimeError, EOFError, OSError) as e:
+        if "Too many open files" in str(e):
+            raise UserError("too many open files: raise ulimit -n, or use fewer --workers") from e
         if isinstance(e, RuntimeError) and not str(e).startswith(("DataLoader worker", "Pin memory thread exited")):
             raise
         raise UserError(f"a worker died ({first_line(e)}): memory may be short, try fewer --workers") from e

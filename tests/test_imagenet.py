@@ -168,6 +168,11 @@ def test_shared_memory_that_fills_amid_a_run_is_an_error_of_one_line(root, monke
     assert message.startswith("shared memory is full (No space left on device): use fewer --workers")
 
 
+def test_too_many_open_files_is_an_error_of_one_line(root):
+    worker = map(Mock(side_effect=RuntimeError("Too many open files. Communication with the workers ...")), [0])
+    assert error(imagenet.next_batch, worker) == "too many open files: raise ulimit -n, or use fewer --workers"
+
+
 @posix
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])  # the latter from its parent
 def test_a_killed_worker_is_an_error_of_one_line(root, name):

@@ -43,6 +43,7 @@ from lab import data, environment, evaluate
 from lab.accuracy import accuracy
 from lab.augment import noisy_positions
 from lab.data import Bearing
+from lab.errors import one_line_errors
 from lab.files import read_json
 from lab.imagenet import ImageNet
 from lab.run import read_run
@@ -349,6 +350,21 @@ def test_on_a_cpu_a_large_data_set_wants_a_gpu_or_suggests_bearing(dataset, why,
     assert (
         why in err and err.count("\n") == 1 and {path.name for path in Path().rglob("*") if path.is_file()} <= {".lock"}
     )
+
+
+def test_nothing_half_built_complains_after_the_line(capsys, monkeypatch):
+    class HalfBuilt:  # as torch's loaders are, whose processes could not start
+        def __del__(self):
+            raise AttributeError
+
+    @one_line_errors
+    def main(argv):
+        half_built = HalfBuilt()  # noqa: F841
+        raise OSError(24, "Too many open files")
+
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    assert "(Too many open files): check" in complaint(capsys, main) and not heard
 
 
 def test_a_full_gpu_gets_advice_and_a_bug_its_traceback(capsys, monkeypatch):
