@@ -23,7 +23,8 @@ def environment(device):
 
 
 def git(*command):
-    return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, encoding="utf-8", check=True)
+    return done.stdout.strip()
 
 
 def device_name(device):
