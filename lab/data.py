@@ -53,6 +53,7 @@ class Dataset:
     """
 
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # of the training images' channels
+    class_names = None  # numbers
     corrupt = frozenset()  # files that could not be read
     fingerprint = ""  # of what was found in a folder: number of images and classes, and a checksum of their names
 
@@ -149,6 +150,7 @@ class Bearing(Dataset):
 
     num_classes, img_size, train_size, test_size = 8, 32, 3072, 2000
     mean, std = (0.5, 0.5, 0.5), (0.29, 0.29, 0.29)
+    class_names = "right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right"
     cell = 4  # its side in pixels
     region = "everywhere"  # where both squares are
 
@@ -208,6 +210,7 @@ class CIFAR100(Dataset):
 
     num_classes, img_size = 100, 32
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    class_names = (Path(__file__).parent / "cifar100_classes.txt").read_text().splitlines()
 
     def read(self):
         with local_rank_0_first():

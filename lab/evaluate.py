@@ -37,7 +37,7 @@ from lab.datasets import DATASETS
 from lab.distributed import WORLD_SIZE, usable_device
 from lab.errors import UserError, is_out_of_memory, one_line_errors
 from lab.files import locked, write_json
-from lab.imagenet import IMAGENET_1K
+from lab.imagenet import IMAGENET_1K, imagenet_classes
 from lab.run import read_of_run, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
@@ -112,8 +112,7 @@ def evaluate(run, args):
 def class_labels(run, data, trained_on):
     """The model's label for each class of the data: by name if it knows ImageNet's classes, and else the same."""
     if trained_on == IMAGENET_1K:
-        lines = (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
-        label = {line.split()[0]: i for i, line in enumerate(lines)}
+        label = {name: i for i, name in enumerate(imagenet_classes())}
         if others := [name for name in data.classes if name not in label]:
             fix = f"name folders as ImageNet's (n01440764 ...), or fine-tune with train.py --init {run}"
             raise UserError(f"{run} knows ImageNet's classes, {data.root} has others, such as {others[0]}: {fix}")

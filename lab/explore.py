@@ -13,35 +13,34 @@ import math
 import sys
 import textwrap
 from contextlib import suppress
-from itertools import count, repeat
+from itertools import count, cycle, repeat
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.widgets import CheckButtons, Slider
 from torch.overrides import TorchFunctionMode
 
 from lab.cli import Parser, folder
-from lab.data import CIFAR100, Bearing
 from lab.datasets import DATASETS
 from lab.errors import UserError, first_line, one_line_errors, user_errors
 from lab.evaluate import class_labels
 from lab.files import atomic_write
-from lab.imagenet import IMAGENET_1K, load
+from lab.imagenet import IMAGENET_1K, ImageNet, imagenet_classes, load
 from lab.pictures import BLUE, FROM_ZERO, GREY, PALE, RED, SIGNED, SKY, STYLE, heading, style
 from lab.rotations import channel_groups, encodings, grid, scores, symmetry
 from lab.run import read_run
+from vit import ENCODINGS
 
 SIZE = 14, 8  # of the window, in inches of 100 pixels
 N, HALF = 61, 10  # keys per side of a map, and how far they are from its centre, in patches
 PATCH = 2 * math.pi / 13  # in units of position: a training image of 14 x 14 patches spans [-pi, pi]
 HEAD_DIM = 24
 HEAD = range(HEAD_DIM)  # all channels
-BEARINGS = "right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right"
 
 
 @one_line_errors
@@ -53,7 +52,7 @@ def main(argv=None):
             trained(figure, args)
         else:
             Encodings(figure, chosen(args.pe))
-        save(figure, args.save) if args.save else matplotlib.pyplot.show()
+        save(figure, args.save) if args.save else pyplot.show()
 
 
 def parse_args(argv):
@@ -75,10 +74,9 @@ def parse_args(argv):
 def window():
     """An empty figure in a window of its own."""
     with suppress(ImportError):  # of a backend that needs a display, if MPLBACKEND names it
-        from matplotlib import pyplot  # here because it looks for a display
-
         figure = pyplot.figure("Explore", SIZE)
         if figure.canvas.required_interactive_framework:
+            figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)  # matplotlib's own keys
             return figure
     raise UserError("there is no display to open a window on: add --save FILE.png")
 
@@ -91,214 +89,172 @@ def save(figure, path=None):
     print(path, flush=True)
 
 
-# What both pages stand on
+class Page:
+    """Maps in which the mouse moves a query, sliders and keys.
 
-
-def connect(page, keys, about, texts):
-    """Let the page answer the mouse (page.click) and keys, which are listed at the bottom.
-
-    keys: {key: (what it does, function)}; about: a line on the maps; texts: those that page.redraw() draws again, with
-    all images, patches and lines, over a copy of the rest, which takes longer
+    A subclass has maps, show(), which draws what is chosen, and compute(), which a slider calls and which calls show().
     """
-    figure, canvas, background = page.figure, page.figure.canvas, None
-    keys = keys | {"r": ("reset", page.reset), "s": ("save a PNG", lambda: save(figure))}
-    live = [*(artist for ax in figure.axes for artist in (*ax.images, *ax.patches, *ax.lines)), *texts]
-    for artist in live:
-        artist.set_animated(True)
 
-    def press(event):
-        if event.key in keys:
-            keys[event.key][1]()
+    def __init__(self, figure, about, keys, centre):
+        """about: a line on the maps; keys: {key: (what it does, function)}; centre: where the query starts"""
+        self.figure, self.centre, self.sliders = figure, centre, []
+        self.query, self.index = centre, 0  # the index is that of a group of channels, or of a layer
+        keys |= {"r": ("reset", self.reset), "s": ("save a PNG", lambda: save(figure))}
 
-    def mouse(event):
-        if event.button == 1 and event.inaxes is not None:
-            page.click(event)
+        def press(event):
+            if event.key in keys:
+                keys[event.key][1]()
 
-    def drawn(event):
-        nonlocal background
-        if not figure.canvas.is_saving():
-            background = figure.canvas.copy_from_bbox(figure.bbox)
-            redraw()
+        def mouse(event):
+            if event.button == 1 and event.inaxes in self.maps:
+                self.query = event.xdata, event.ydata
+                self.show()
 
-    def redraw():
-        if background is not None:
-            figure.canvas.restore_region(background)
-            for artist in live:
-                figure.draw_artist(artist)
-            figure.canvas.blit(figure.bbox)
+        for name, act in ("key_press", press), ("button_press", mouse), ("motion_notify", mouse):
+            figure.canvas.mpl_connect(f"{name}_event", act)
+        lines = about, "      ".join(f"{key}: {what}" for key, (what, _) in keys.items())
+        figure.supxlabel("\n".join(lines), fontsize=10, color=GREY, linespacing=1.6)
 
-    if canvas.manager:
-        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # matplotlib's own keys
-    for event, act in {
-        "button_press_event": mouse,
-        "motion_notify_event": mouse,
-        "key_press_event": press,
-        "draw_event": drawn,
-    }.items():
-        canvas.mpl_connect(event, act)
-    lines = about, "      ".join(f"{key}: {what}" for key, (what, _) in keys.items())
-    figure.supxlabel("\n".join(lines), fontsize=10, color=GREY, linespacing=1.6)
-    page.redraw = redraw
+    def add_slider(self, label, least, most, start, **options):
+        axes = self.figure.add_axes((0.1 + 0.335 * len(self.sliders), 0.11, 0.15, 0.025))
+        slider = Slider(axes, label, least, most, valinit=start, color=PALE, initcolor="none", **options)
+        slider.on_changed(lambda _: self.compute())
+        self.sliders.append(slider)
 
+    def add_shift(self):
+        for x in "xy":
+            self.add_slider(f"shift all {x}", -16, 16, 0, valstep=1, valfmt="%+g patches")
 
-def slider(axes, label, least, most, start, changed, **options):
-    look = {"color": PALE, "track_color": PALE, "initcolor": "white", "handle_style": {"facecolor": BLUE}}
-    made = Slider(axes, label, least, most, valinit=start, **look, **options)
-    made.drawon = False  # changed does that
-    made.on_changed(changed)
-    return made
+    def shift(self):
+        """Of x and y, in patches."""
+        return torch.tensor([float(slider.val) for slider in self.sliders[:2]])
+
+    def go(self, step):
+        """To another group of channels, or another layer."""
+        self.index += step
+        self.show()
+
+    def reset(self):
+        self.query, self.index = self.centre, 0
+        for slider in self.sliders:
+            slider.reset()
+        self.show()
 
 
-def controls(figure, changed):
-    """Three cells above the lines at the bottom, the first two with sliders that shift x and y; and these sliders."""
-    cells = figure.add_gridspec(1, 3, left=0.1, right=0.92, bottom=0.11, top=0.135, wspace=1.3).subplots()
-    options = {"valstep": 1, "valfmt": "%+g patches"}
-    return cells, [
-        slider(cell, f"shift all {x}", -16, 16, 0, changed, **options) for cell, x in zip(cells, "xy", strict=False)
-    ]
-
-
-# The encodings
-
-
-class Encodings:
+class Encodings(Page):
     """A column for each encoding: scores of a query with equal keys everywhere, in a group of channels and the head."""
 
     def __init__(self, figure, ropes):
-        self.figure, self.places = figure, grid(N, HALF).to(torch.get_default_dtype())
+        about = "dot: query; orange: high score for an equal key there, blue: low; dashed: extent of a training image"
+        keys = {"n": ("new random query", self.new_query), "g": ("next group", lambda: self.go(1))}
+        super().__init__(figure, about, keys, centre=(0.0, 0.0))
         heading(figure, "Drag the query: equivariant patterns move with it, the others change shape")
         right = min(0.91, 0.09 + 0.22 * len(ropes))
-        place = {"left": 0.09, "right": right, "bottom": 0.3, "top": 0.82, "wspace": 0.12, "hspace": 0.22}
-        maps = figure.add_gridspec(2, len(ropes), **place).subplots(squeeze=False)
-        self.maps = [*maps.flat]
-        self.columns = [column(*item, axes) for item, axes in zip(ropes.items(), maps.T, strict=True)]
-        for axes, label in zip(maps[:, 0], ["a group", "the whole head"], strict=True):
-            axes.set(ylabel=f"{label}\ny, patches", yticks=[-7, 0, 7])
-        maps[1, 0].annotate("scores\nchange", (0, 0), (-10, -58), "axes fraction", "offset points", ha="right")
+        cells = figure.add_gridspec(
+            2, len(ropes), left=0.09, right=right, bottom=0.3, top=0.82, wspace=0.12, hspace=0.22
+        )
+        axes = cells.subplots(squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frameon": False})
+        self.maps = [*axes.flat]
+        self.columns = [Column(*item, pair) for item, pair in zip(ropes.items(), axes.T, strict=True)]
+        for row, label in zip(axes[:, 0], ["a group", "the whole head"], strict=True):
+            row.set(ylabel=f"{label}\ny, patches", yticks=[-7, 0, 7])
+        row.annotate("scores\nchange", (0, 0), (-10, -36), "axes fraction", "offset points", ha="right")
         scale = figure.add_axes((right + 0.015, 0.35, 0.008, 0.4))
         figure.colorbar(self.columns[0].images[0], scale, label="score / |q|²", ticks=[-1, 0, 1])
-        cells, self.shift = controls(figure, self.turn)
-        self.factor = slider(cells[2], "frequencies", 0.1, 4, 1, self.turn_all, valfmt="x %.2f")
-        keys = {"n": ("new random query", self.new_query), "g": ("next group", self.next_group)}
-        about = "dot: query; orange: high score for an equal key there, blue: low; dashed: extent of a training image"
-        numbers = [control.valtext for control in (*self.shift, self.factor)]
-        connect(self, keys, about, [*numbers, *(column.change for column in self.columns)])
-        self.query, self.group = torch.zeros(1, 2), 0
+        self.add_shift()
+        self.add_slider("frequencies", 0.1, 4, 1, valfmt="x %.2f")
         self.new_query()
 
     def new_query(self):
         self.z = torch.randn(HEAD_DIM)
-        self.turn_all()
+        self.compute()
 
-    def next_group(self):
-        self.group += 1
+    def compute(self):
+        """Turn the keys, at their own positions and shifted. (A query that moves turns no key.)"""
+        places = grid(N, HALF)
+        for column in self.columns:
+            column.keys = self.turned(column.rope, places), self.turned(column.rope, places + self.shift())
         self.show()
-        self.figure.canvas.draw_idle()  # also the names of the channels
-
-    def reset(self):
-        self.query, self.group = torch.zeros(1, 2), -1
-        for control in *self.shift, self.factor:
-            control.reset()
-        self.next_group()
-
-    def click(self, event):
-        if event.inaxes in self.maps:
-            self.query = torch.tensor([[event.xdata, event.ydata]])
-            self.show()
 
     def turned(self, rope, at):
         """The query, or an equal key, at positions at (T, 2), in patches: (T, D). A factor on them is one on angles."""
-        z = self.z.expand(1, 1, len(at), -1)
-        return rope.rotate(z, self.factor.val * PATCH * at.to(z.dtype))[0, 0]
-
-    def turn_all(self, _=None):
-        """Turn the keys at their own positions, and shifted."""
-        for column in self.columns:
-            column.still = self.turned(column.rope, self.places)
-        self.turn()
-
-    def turn(self, _=None):
-        """Turn the keys at their shifted positions. (A query that moves turns no key.)"""
-        self.offset = torch.tensor([float(control.val) for control in self.shift])
-        for column in self.columns:
-            column.moved = self.turned(column.rope, self.places + self.offset) if self.offset.any() else column.still
-        self.show()
+        pos = self.sliders[2].val * PATCH * at.to(self.z.dtype)
+        return rope.rotate(self.z.expand(1, 1, len(at), -1), pos)[0, 0]
 
     def show(self):
+        at = torch.tensor([self.query])
         for column in self.columns:
-            still, moved = self.turned(column.rope, torch.cat([self.query, self.query + self.offset]))
-            group = column.groups[self.group % len(column.groups)]
-            for image, dot, channels in zip(column.images, column.dots, [group, HEAD], strict=True):
-                image.set_data(scores(moved, column.moved, channels).view(N, N).numpy())
-                dot.set_data(*self.query.T)
-            change = (scores(still, column.still, HEAD) - scores(moved, column.moved, HEAD)).abs().max()
-            column.change.set(text=f"{change:.2f}", color=RED if change >= 0.005 else GREY)
+            queries = self.turned(column.rope, torch.cat([at, at + self.shift()]))
+            still, moved = map(scores, queries, column.keys, (HEAD, HEAD))
+            group = column.groups[self.index % len(column.groups)]
+            for image, found in zip(column.images, [scores(queries[1], column.keys[1], group), moved], strict=True):
+                image.set_data(found.view(N, N).numpy())
+            for dot in column.dots:
+                dot.set_data(*at.T)
             column.axes[0].set_xlabel(f"channels {group[0]}-{group[-1]}", fontsize=9)
-        self.redraw()
+            change = (still - moved).abs().max()
+            column.change.set(text=f"{change:.2f}", color=RED if change >= 0.005 else GREY)
+        self.figure.canvas.draw_idle()
 
 
-def column(name, rope, both):
-    """The two maps of an encoding, and what is known of it."""
-    edge, images, dots = HALF * N / (N - 1), [], []
-    place = {"extent": (-edge, edge, edge, -edge), "interpolation": "bilinear"}
-    for axes, anchor in zip(both, "SN", strict=True):  # close to each other
-        images.append(axes.imshow(torch.zeros(N, N).numpy(), SIGNED, vmin=-1, vmax=1, **place))
-        axes.plot([-7, 7, 7, -7, -7], [-7, -7, 7, 7, -7], "--", color="black", linewidth=0.7)
-        dots += axes.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=8)
-        axes.set(xticks=[], yticks=[], anchor=anchor)
-    both[0].set_title(f"{textwrap.fill(name, 13)}\n{symmetry(rope)}", fontsize=8)
-    both[1].set(xlabel="x, patches", xticks=[-7, 0, 7])
-    change = both[1].annotate("", (0.5, 0), (0, -52), "axes fraction", "offset points", ha="center", fontsize=14)
-    rope.requires_grad_(False)
-    groups = channel_groups(rope) or [HEAD]
-    return SimpleNamespace(rope=rope, groups=groups, axes=both, images=images, dots=dots, change=change)
+class Column:
+    """An encoding, its groups of channels, its two maps, and below them the number by which scores change."""
+
+    def __init__(self, name, rope, axes):
+        self.rope, self.groups, self.axes = rope.requires_grad_(False), channel_groups(rope) or [HEAD], axes
+        edge, self.images, self.dots = HALF * N / (N - 1), [], []
+        look = {"extent": (-edge, edge, edge, -edge), "interpolation": "bilinear"}
+        for ax, anchor in zip(axes, "SN", strict=True):  # close to each other
+            ax.set_anchor(anchor)
+            self.images.append(ax.imshow(torch.zeros(N, N).numpy(), SIGNED, vmin=-1, vmax=1, **look))
+            ax.plot([-7, 7, 7, -7, -7], [-7, -7, 7, 7, -7], "--", color="black", linewidth=0.7)
+            self.dots += ax.plot(0, 0, "o", color="black", markeredgecolor="white", markersize=8)
+        axes[0].set_title(f"{textwrap.fill(name, 13)}\n{symmetry(rope)}", fontsize=8)
+        self.change = axes[1].set_xlabel("", fontsize=14, labelpad=14)
 
 
 def chosen(names):
     """{name: encoding}: those named, or all. LieRE's whole head in one group is too slow to drag unless it is named."""
+    for name in names or ():
+        if not ENCODINGS.get(name):
+            known = ", ".join(name for name, make in ENCODINGS.items() if make)
+            raise UserError(f"--pe {name} is no rotary encoding: choose from {known}")
     with user_errors(ValueError):
         ropes = encodings(HEAD_DIM)
-    known = [name for name in ropes if "," not in name]
-    if unknown := set(names or ()) - set(known):
-        raise UserError(f"--pe {min(unknown)} is no rotary encoding: choose from {', '.join(known)}")
     return {n: rope for n, rope in ropes.items() if (n.partition(",")[0] in names if names else n != "liere")}
-
-
-# A trained model
 
 
 def trained(figure, args):
     """The page of a run: its model, and its test images or the one that is named."""
     saved, model = read_run(args.run)
-    config, kind, data = saved["config"], DATASETS[saved["config"]["dataset"]], None
-    if args.data_dir or not args.image:
-        options = saved["data"] | ({"workers": 0} if "workers" in saved["data"] else {})
-        data = kind(args.data_dir or Path("data"), **options).load()
-        labels = class_labels(args.run, data, config["data_set"]).tolist()
-    names = class_names(config, data) or [f"class {i}" for i in range(model.head.out_features)]
+    config, data = saved["config"], DATASETS[saved["config"]["dataset"]]  # a class has all that an image needs
+    mean, std = torch.tensor([data.mean, data.std]).view(2, 3, 1, 1)
     size = config["eval_size"] or saved["data"].get("img_size") or saved["vit"]["img_size"]
-    mean, std = torch.tensor([kind.mean, kind.std]).view(2, 3, 1, 1)
+    if args.data_dir or not args.image:
+        data = test_set(data, args.data_dir or Path("data"), saved["data"])
+        labels = class_labels(args.run, data, config["data_set"]).tolist()
+    names = [*imagenet_classes().values()] if config["data_set"] == IMAGENET_1K else data.class_names
+    names = names or [f"class {i}" for i in range(model.head.out_features)]
 
     def test_images():
-        while True:
-            for i, (image, [y]) in enumerate(data.test_batches(batch_size=1, img_size=size), start=1):
-                yield image * std + mean, labels[y], f"test image {i}: {names[labels[y]]}"
+        for i, (image, [y]) in cycle(enumerate(data.test_batches(batch_size=1, img_size=size), start=1)):
+            while data.corrupt:
+                print(f"cannot read {data.corrupt.pop()}", file=sys.stderr)
+            yield image * std + mean, labels[y], f"test image {i}: {names[labels[y]]}"
+        raise UserError(f"no test image in {data.root} can be read: fix the files")
 
     images = repeat((read_image(args.image, size), None, args.image.name)) if args.image else test_images()
-    return Trained(figure, model, lambda image: (image - mean) / std, images, names)
+    return Trained(figure, model, size, lambda image: (image - mean) / std, images, names)
 
 
-def class_names(config, data):
-    """The names of a model's classes; [] if they are not known."""
-    kind, here = DATASETS[config["dataset"]], Path(__file__).parent
-    if issubclass(kind, Bearing):
-        return BEARINGS
-    if issubclass(kind, CIFAR100):
-        return (here / "cifar100_classes.txt").read_text().splitlines()
-    known = dict(line.split(" ", 1) for line in (here / "imagenet_classes.txt").read_text().splitlines())
-    if config["data_set"] == IMAGENET_1K:
-        return list(known.values())
-    return [known.get(name, name) for name in getattr(data, "classes", [])]
+def test_set(kind, root, options):
+    """A data set whose test images come in random order, always the same, without those that cannot be read."""
+    if not issubclass(kind, ImageNet):
+        return kind(root, **options).load()  # in random order already
+    data = kind(root, **options | {"workers": 0, "skip_corrupt": True})
+    order = torch.randperm(len(data.test.files), generator=torch.Generator().manual_seed(0)).numpy()
+    data.test.files, data.test.labels = data.test.files[order], data.test.labels[order]
+    return data
 
 
 def read_image(path, size):
@@ -324,113 +280,96 @@ class AttentionWeights(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class Trained:
+class Trained(Page):
     """A model on an image: the attention of a patch and of the class token in every head, and what it predicts."""
 
-    def __init__(self, figure, model, normalise, images, names):
-        self.figure, self.model, self.normalise = figure, model.eval().requires_grad_(False), normalise
-        self.names, self.shift, self.along = names, [], None
-        self.prefix, self.heads = model.num_prefix_tokens, model.blocks[0].attn.num_heads
-        first = next(images)
-        self.side = n = first[0].shape[-1] // model.patch_embed.proj.stride[0]
-        self.picture, bars = figure.add_axes((0.06, 0.46, 0.22, 0.41)), figure.add_axes((0.06, 0.17, 0.22, 0.21))
-        self.picture.set(xlabel="x, patches", ylabel="y, patches")
-        columns, sources = min(self.heads, 6), ["the patch", "the class token"][: 1 + self.prefix]
-        rows = math.ceil(self.heads / columns)
-        place = {"left": 0.36, "right": 0.98, "bottom": 0.17, "top": 0.87, "wspace": 0.1, "hspace": 0.3}
-        cells = figure.add_gridspec(rows * len(sources), columns, **place)
-        self.maps, self.captions = [self.picture], []
-        for i, source in enumerate(sources):
-            for head in range(self.heads):
-                axes = figure.add_subplot(cells[i * rows + head // columns, head % columns], xticks=[], yticks=[])
-                axes.spines[:].set(visible=True, color=PALE)
-                axes.set_ylabel("" if head else f"from\n{source}")
-                caption = axes.annotate("", (0.5, 1), (0, 4), "axes fraction", "offset points", ha="center", fontsize=8)
-                self.maps.append(axes)
-                self.captions.append(caption)
-        extent = (-0.5, n - 0.5, n - 0.5, -0.5)
-        self.pixels, *self.weights = (axes.imshow([[0]], FROM_ZERO, vmin=0, extent=extent) for axes in self.maps)
-        self.squares = [
-            axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLUE, linewidth=2))
-            for axes in self.maps[: 1 + self.heads]
-        ]
-        self.best = [(bars.barh(i, 0)[0], bars.text(0.02, i, "", va="center")) for i in range(5)]
-        bars.set(xlim=(0, 1), ylim=(4.5, -0.5))
-        bars.axis("off")
-        if model.blocks[0].attn.rope is None:
-            figure.text(0.5, 0.12, "This model rotates nothing: it has no positions to shift.", ha="center")
-        else:
-            cells, self.shift = controls(figure, self.look)
-            cells[2].axis("off")
-            if self.prefix:
-                box = {"frame_props": {"s": 80}, "check_props": {"s": 80}}
-                self.along = CheckButtons(cells[2], ["the class token, too"], [True], useblit=False, **box)
-                self.along.on_clicked(self.look)
+    def __init__(self, figure, model, size, normalise, images, names):
+        about = "square: the patch that you clicked; above each map: its largest weight"
         keys = {
             "left": ("layer before", lambda: self.go(-1)),
             "right": ("next layer", lambda: self.go(1)),
-            "n": ("next image", lambda: self.open(*next(images))),
+            "n": ("next image", self.next_image),
         }
-        texts = [*self.captions, *(text for _, text in self.best), *(control.valtext for control in self.shift)]
-        connect(self, keys, "square: the patch that you clicked; above each map: its largest weight", texts)
-        self.layer, self.query = 0, (n // 2, n // 2)
-        self.open(*first)
+        self.side = n = size // model.patch_embed.proj.stride[0]
+        super().__init__(figure, about, keys, centre=(n // 2, n // 2))
+        self.model, self.normalise = model.eval().requires_grad_(False), normalise
+        self.images, self.names = images, names
+        self.prefix, heads, self.along = model.num_prefix_tokens, model.blocks[0].attn.num_heads, None
+        self.picture = figure.add_axes((0.06, 0.46, 0.22, 0.41), xlabel="x, patches", ylabel="y, patches")
+        bars = figure.add_axes((0.06, 0.17, 0.22, 0.21), xlim=(0, 1), ylim=(4.5, -0.5))
+        bars.axis("off")
+        self.best = [(bars.barh(i, 0)[0], bars.text(0.02, i, "", va="center")) for i in range(5)]
+        ticks = {"xticks": [], "yticks": []}
+        sources, rows = ["the patch", "the class token"][: 1 + self.prefix], math.ceil(heads / 8)
+        place = {"left": 0.36, "right": 0.98, "bottom": 0.17, "top": 0.87, "wspace": 0.1, "hspace": 0.3}
+        cells = figure.add_gridspec(len(sources) * rows, math.ceil(heads / rows), **place).subplots(
+            squeeze=False, subplot_kw=ticks
+        )
+        cells = cells.reshape(len(sources), -1)
+        for axes, source in zip(cells[:, 0], sources, strict=True):
+            axes.set_ylabel(f"from\n{source}")
+        for axes in cells.flat:
+            axes.spines[:].set(visible=True, color=PALE)
+        for axes in cells[:, heads:].flat:
+            axes.remove()
+        self.maps, extent = [self.picture, *cells[:, :heads].flat], (-0.5, n - 0.5, n - 0.5, -0.5)
+        self.pixels, *self.weights = (axes.imshow([[0]], FROM_ZERO, vmin=0, extent=extent) for axes in self.maps)
+        self.squares = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLUE, linewidth=2) for _ in range(1 + heads)]
+        for axes, square in zip(self.maps, self.squares, strict=False):
+            axes.add_patch(square)
+        if model.blocks[0].attn.rope is None:
+            figure.text(0.5, 0.12, "This model rotates nothing: it has no positions to shift.", ha="center")
+        else:
+            self.add_shift()
+            if self.prefix:
+                free = figure.add_axes((0.77, 0.11, 0.15, 0.025), frameon=False)
+                self.along = CheckButtons(free, ["the class token, too"], [True])
+                self.along.on_clicked(lambda _: self.compute())
+        self.next_image()
 
-    def open(self, image, label, about):
-        self.image, self.label = image, label
-        self.pixels.set_data(image[0].clamp(0, 1).permute(1, 2, 0).numpy())
+    def next_image(self):
+        self.image, self.label, about = next(self.images)
+        self.pixels.set_data(self.image[0].clamp(0, 1).permute(1, 2, 0).numpy())
         self.picture.set_title(about)
-        self.look()
-        self.go(0)
-
-    def go(self, step):
-        """To another layer."""
-        depth = len(self.model.blocks)
-        self.layer = (self.layer + step) % depth
-        heading(self.figure, f"Layer {self.layer + 1} of {depth}: where each head looks, from the patch that you click")
-        self.show()
-        self.figure.canvas.draw_idle()  # also the titles
+        self.compute()
 
     def reset(self):
-        self.layer, self.query = 0, (self.side // 2, self.side // 2)
-        for control in self.shift:
-            control.reset()
-        if self.along and not self.along.get_status()[0]:
-            self.along.set_active(0)
-        self.go(0)
+        super().reset()
+        if self.along:
+            self.along.set_active(0, True)
 
-    def click(self, event):
-        if event.inaxes in self.maps:
-            self.query = tuple(min(max(round(at), 0), self.side - 1) for at in (event.xdata, event.ydata))
-            self.show()
-
-    def look(self, _=None):
+    def compute(self):
         """Run the model on the image, at the shifted positions."""
         pos = self.model.positions(self.side, self.side)
-        first = self.prefix if self.along and not self.along.get_status()[0] else 0
-        if self.shift:
-            pos[first:] += self.model.spacing * torch.tensor([control.val for control in self.shift], dtype=pos.dtype)
+        if self.sliders:
+            staying = self.prefix if self.along and not self.along.get_status()[0] else 0
+            pos[staying:] += self.model.spacing * self.shift()
         with AttentionWeights() as attention:
             self.probabilities = self.model(self.normalise(self.image), pos)[0].softmax(dim=0)
         self.attention = attention.layers
         self.show()
 
     def show(self):
-        x, y = self.query
-        tokens = [self.prefix + y * self.side + x] * self.heads + [0] * self.heads
-        weights = self.attention[self.layer]
-        for i, (image, caption) in enumerate(zip(self.weights, self.captions, strict=True)):
-            found = weights[i % self.heads, tokens[i], self.prefix :]
-            most = max(found.max(), 3 / weights.shape[-1])  # so that an even spread is pale
-            image.set(data=found.view(self.side, self.side).numpy(), clim=(0, most))
-            caption.set_text(f"head {i % self.heads + 1}: {100 * found.max():.1f} %")
+        depth, n = len(self.attention), self.side
+        heading(
+            self.figure,
+            f"Layer {self.index % depth + 1} of {depth}: where each head looks, from the patch that you click",
+        )
+        x, y = (min(max(round(at), 0), n - 1) for at in self.query)
         for square in self.squares:
             square.set_xy((x - 0.5, y - 0.5))
-        p, classes = self.probabilities.topk(min(5, len(self.probabilities)))
+        attention = self.attention[self.index % depth]
+        tokens = [self.prefix + y * n + x, 0][: 1 + self.prefix]
+        found = attention[:, tokens, self.prefix :].transpose(0, 1).flatten(0, 1)  # (maps, patches)
+        for i, (image, weights) in enumerate(zip(self.weights, found, strict=True)):
+            most = max(weights.max(), 3 / len(attention[0]))  # so that an even spread is pale
+            image.set(data=weights.view(n, n).numpy(), clim=(0, most))
+            image.axes.set_title(f"head {i % len(attention) + 1}: {100 * weights.max():.1f} %", fontsize=8)
+        p, classes = self.probabilities.topk(min(5, len(self.names)))
         for (bar, text), share, i in zip(self.best, p.tolist(), classes.tolist(), strict=False):
             bar.set(width=share, color=SKY if i == self.label else PALE)
             text.set_text(f"{self.names[i]}  {100 * share:.1f} %")
-        self.redraw()
+        self.figure.canvas.draw_idle()
 
 
 if __name__ == "__main__":

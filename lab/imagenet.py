@@ -89,6 +89,8 @@ class ImageNet(Dataset):
             print(f"{left_out + more} files and folders among the images are ignored: not {', '.join(SUFFIXES)} files")
         part = np.random.default_rng(0).permutation(len(files))[: max(1, round(self.fraction * len(files)))]
         self.classes, self.num_classes, self.img_size, self.train_size = classes, len(classes), img_size, len(files)
+        known = imagenet_classes()
+        self.class_names = [known.get(name, name) for name in classes]
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
         self.fingerprint = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
         self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_corrupt)
@@ -212,6 +214,12 @@ def find_classes(train, val, limit):
             fix = f"{there} has the same name in another Unicode form, so rename one of the two"
         raise UserError(f"{there / name} does not exist: {fix}")
     return classes[:limit]
+
+
+def imagenet_classes():
+    """{folder: name} of ImageNet-1k's classes, in the order of their labels."""
+    lines = (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
 
 
 def listed(folder):

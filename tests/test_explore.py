@@ -1,5 +1,7 @@
 """lab.explore: mouse and keys do what the window says, and what it shows is what encodings and models compute."""
 
+from pathlib import Path
+
 import matplotlib
 import pytest
 import torch
@@ -11,8 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lab import explore
-from lab.data import Bearing
+from lab.data import CIFAR100, Bearing
 from lab.explore import HEAD_DIM, PATCH, Encodings, chosen
+from lab.imagenet import imagenet_classes
 from lab.pictures import SKY
 from lab.rotations import grid
 from vit import ENCODINGS
@@ -69,7 +72,7 @@ def maps(column):
 
 def assert_scores(page, query, group=0):
     """All maps show q^T R(p)^T R(p') q / |q|^2, with positions shifted and scaled as the sliders say."""
-    shift, factor = (torch.tensor([float(s.val) for s in page.shift]), page.factor.val)
+    shift, factor = page.shift(), page.sliders[2].val
     at = torch.arange(0, 61 * 61, 97)
     for column in page.columns:
         places = torch.cat([torch.tensor([query]), grid(61, 10)[at]])
@@ -103,7 +106,7 @@ def test_the_query_moves_in_all_maps_to_where_one_clicks_or_drags(page):
 
 def test_a_shift_changes_only_what_is_not_equivariant(page):
     mouse(page.columns[0].axes[0], 3, -2)
-    for name, control in zip("xy", page.shift, strict=True):
+    for name, control in zip("xy", page.sliders, strict=False):
         before = [maps(column)[1] for column in page.columns]
         mouse(control.ax, 0, 0.5, to=(5, 0.5))
         assert_scores(page, [3.0, -2.0])
@@ -113,24 +116,24 @@ def test_a_shift_changes_only_what_is_not_equivariant(page):
                 assert changed > 0.1 and column.change.get_text() == f"{changed:.2f}"
             else:
                 assert changed < 1e-9 and column.change.get_text() == "0.00"
-    assert [control.val for control in page.shift] == [5, 5]
+    assert [control.val for control in page.sliders] == [5, 5, 1]
 
 
 def test_keys_and_the_factor_do_what_the_window_says(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     q = page.z
     mouse(page.columns[0].axes[0], 3, -2)
-    mouse(page.shift[0].ax, 0, 0.5, to=(-3, 0.5))
-    mouse(page.factor.ax, 1, 0.5, to=(2, 0.5))
+    mouse(page.sliders[0].ax, 0, 0.5, to=(-3, 0.5))
+    mouse(page.sliders[2].ax, 1, 0.5, to=(2, 0.5))
     key(page, "g")
-    assert page.factor.val == pytest.approx(2, abs=0.05)
+    assert page.sliders[2].val == pytest.approx(2, abs=0.05)
     assert_scores(page, [3.0, -2.0], group=1)
     assert page.columns[0].axes[0].get_xlabel() == "channels 2-3"
     key(page, "n")
     assert not torch.equal(page.z, q)
     assert_scores(page, [3.0, -2.0], group=1)
     key(page, "r")
-    assert page.factor.val == 1 and not page.offset.any()
+    assert page.sliders[2].val == 1 and not page.shift().any()
     assert_scores(page, [0.0, 0.0])
     for i in 1, 2:
         key(page, "s")
@@ -177,10 +180,10 @@ def assert_shows(page, token, layer, pos):
     rows = [prefix + token[1] * n + token[0], 0][: 1 + prefix]
     want = [layers[layer][head, row, prefix:] for row in rows for head in range(2)]
     assert len(page.weights) == len(want)
-    for image, caption, weights in zip(page.weights, page.captions, want, strict=True):
+    for image, weights in zip(page.weights, want, strict=True):
         found = torch.from_numpy(image.get_array().data).flatten()
         torch.testing.assert_close(found, weights, rtol=0, atol=1e-10)
-        assert f"{100 * weights.max():.1f} %" in caption.get_text()
+        assert f"{100 * weights.max():.1f} %" in image.axes.get_title()
     assert all(square.get_xy() == (token[0] - 0.5, token[1] - 0.5) for square in page.squares)
     p, classes = logits.softmax(0).topk(5)
     texts = [f"{page.names[i]}  {100 * share:.1f} %" for share, i in zip(p, classes, strict=True)]
@@ -195,10 +198,10 @@ def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_beari
     image, label = next(Bearing(batch_size=1).test_batches(batch_size=1))
     torch.testing.assert_close(page.normalise(page.image), image, rtol=0, atol=1e-10)
     pixels = page.pixels.get_array().reshape(-1, 3).round(6).tolist()
-    assert [1, 0, 0] in pixels and page.picture.get_title() == f"test image 1: {explore.BEARINGS[label]}"
+    assert [1, 0, 0] in pixels and page.picture.get_title() == f"test image 1: {Bearing.class_names[label]}"
     for block in page.model.blocks:  # far from uniform
         block.attn.qkv.weight.mul_(8)
-    page.look()
+    page.compute()
     pos = page.model.positions(8, 8)
     assert_shows(page, (4, 4), 0, pos)
     mouse(page.picture, 2.4, 6.6)
@@ -206,7 +209,7 @@ def test_a_model_shows_its_own_attention_and_predictions_at_any_shift(tiny_beari
     key(page, "right")
     assert_shows(page, (5, 1), 1, pos)
     assert "Layer 2 of 2" in page.figure.get_suptitle()
-    mouse(page.shift[1].ax, 0, 0.5, to=(3, 0.5))
+    mouse(page.sliders[1].ax, 0, 0.5, to=(3, 0.5))
     moved = pos + page.model.spacing * torch.tensor([0.0, 3.0])
     assert_shows(page, (5, 1), 1, moved)
     box = page.along.ax.transAxes + page.along.ax.transData.inverted()
@@ -232,22 +235,45 @@ def test_every_kind_of_model_is_shown(flags, sources, tiny_bearing, default_dtyp
     assert_shows(page, (4, 4), 0, page.model.positions(8, 8))
     for name in "left", "n", "r":
         key(page, name)
-    assert page.along is None and len(page.shift) == (2 if "mixed" in flags else 0)
+    assert page.along is None and len(page.sliders) == (2 if "mixed" in flags else 0)
 
 
 def test_classes_have_names(tiny_bearing):
-    def names(dataset, known="", data=None):
-        return explore.class_names({"dataset": dataset, "data_set": known}, data)
-
-    assert names("bearing-corner")[:3] == ("right", "lower right", "down")
-    assert len(set(names("cifar100"))) == 100 and names("cifar100")[:2] == ["apple", "aquarium fish"]
-    assert names("imagenet", "ImageNet-1k")[1] == "goldfish" and names("imagenet") == []
     make_imagenet("data", n=1, classes=["n01443537", "mine"])
     assert run("--dataset=imagenet", "--img-size=32", "--workers=0", "--epochs=1", "--out=run") == 0
     page = opened("run")
     assert page.names == ["mine", "goldfish"] and page.picture.get_title() == "test image 1: mine"
     right = [text.get_text().split()[0] for bar, text in page.best if bar.get_facecolor() == to_rgba(SKY)]
     assert right == ["mine"]
+    Image.new("RGB", (50, 40)).save("mine.png")
+    assert opened("run", "--image=mine.png").names == ["class 0", "class 1"]
+    assert Bearing.class_names[:3] == ("right", "lower right", "down")
+    assert len(set(CIFAR100.class_names)) == 100 and CIFAR100.class_names[:2] == ["apple", "aquarium fish"]
+    assert len(imagenet_classes()) == 1000 and [*imagenet_classes().values()][1] == "goldfish"
+
+
+def test_images_in_folders_come_in_random_order_without_those_that_cannot_be_read(tiny_bearing, capsys):
+    make_imagenet("data", n=4)
+    assert run("--dataset=imagenet", "--img-size=32", "--workers=0", "--epochs=1", "--out=run") == 0
+
+    def titles(n):
+        page, found = opened("run"), []
+        for _ in range(n):
+            found.append(page.picture.get_title())
+            key(page, "n")
+        return found
+
+    found = titles(12)
+    classes = [title[-1] for title in found]
+    assert len({*classes[:4]}) > 1 and sorted(classes) == [*"aaaabbbbcccc"] and titles(3) == found[:3]
+    for path in "a/0.jpeg", "b/1.jpeg", "c/2.jpeg":
+        Path("data/val", path).write_bytes(b"")
+    capsys.readouterr()
+    assert sorted(title[-1] for title in titles(9)) == [*"aaabbbccc"]
+    assert capsys.readouterr().err.count("cannot read data/val/") == 3
+    for path in Path("data/val").glob("*/*"):
+        path.write_bytes(b"")
+    assert "no test image in data can be read" in complaint(capsys, explore.main, "run", "--save=x.png")
 
 
 def test_what_cannot_be_shown_gets_one_line(capsys, monkeypatch, tiny_bearing):
