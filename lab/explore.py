@@ -115,6 +115,10 @@ class Page:
         lines = about, "      ".join(f"{key}: {what}" for key, (what, _) in keys.items())
         figure.supxlabel("\n".join(lines), fontsize=10, color=GREY, linespacing=1.6)
 
+    def cells(self, rows, columns, **place):
+        grid = self.figure.add_gridspec(rows, columns, wspace=0.12, hspace=0.25, **place)
+        return grid.subplots(squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frameon": False})
+
     def add_slider(self, label, least, most, start, **options):
         axes = self.figure.add_axes((0.1 + 0.335 * len(self.sliders), 0.11, 0.15, 0.025))
         slider = Slider(axes, label, least, most, valinit=start, color=PALE, initcolor="none", **options)
@@ -150,10 +154,7 @@ class Encodings(Page):
         super().__init__(figure, about, keys, centre=(0.0, 0.0))
         heading(figure, "Drag the query: equivariant patterns move with it, the others change shape")
         right = min(0.91, 0.09 + 0.22 * len(ropes))
-        cells = figure.add_gridspec(
-            2, len(ropes), left=0.09, right=right, bottom=0.3, top=0.82, wspace=0.12, hspace=0.22
-        )
-        axes = cells.subplots(squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frameon": False})
+        axes = self.cells(2, len(ropes), left=0.09, right=right, bottom=0.3, top=0.82)
         self.maps = [*axes.flat]
         self.columns = [Column(*item, pair) for item, pair in zip(ropes.items(), axes.T, strict=True)]
         for row, label in zip(axes[:, 0], ["a group", "the whole head"], strict=True):
@@ -299,20 +300,15 @@ class Trained(Page):
         bars = figure.add_axes((0.06, 0.17, 0.22, 0.21), xlim=(0, 1), ylim=(4.5, -0.5))
         bars.axis("off")
         self.best = [(bars.barh(i, 0)[0], bars.text(0.02, i, "", va="center")) for i in range(5)]
-        ticks = {"xticks": [], "yticks": []}
         sources, rows = ["the patch", "the class token"][: 1 + self.prefix], math.ceil(heads / 8)
-        place = {"left": 0.36, "right": 0.98, "bottom": 0.17, "top": 0.87, "wspace": 0.1, "hspace": 0.3}
-        cells = figure.add_gridspec(len(sources) * rows, math.ceil(heads / rows), **place).subplots(
-            squeeze=False, subplot_kw=ticks
-        )
-        cells = cells.reshape(len(sources), -1)
+        cells = self.cells(len(sources) * rows, math.ceil(heads / rows), left=0.36, right=0.98, bottom=0.17, top=0.87)
+        cells = cells.reshape(len(sources), -1)[:, :heads]
         for axes, source in zip(cells[:, 0], sources, strict=True):
             axes.set_ylabel(f"from\n{source}")
         for axes in cells.flat:
+            axes.set_frame_on(True)
             axes.spines[:].set(visible=True, color=PALE)
-        for axes in cells[:, heads:].flat:
-            axes.remove()
-        self.maps, extent = [self.picture, *cells[:, :heads].flat], (-0.5, n - 0.5, n - 0.5, -0.5)
+        self.maps, extent = [self.picture, *cells.flat], (-0.5, n - 0.5, n - 0.5, -0.5)
         self.pixels, *self.weights = (axes.imshow([[0]], FROM_ZERO, vmin=0, extent=extent) for axes in self.maps)
         self.squares = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLUE, linewidth=2) for _ in range(1 + heads)]
         for axes, square in zip(self.maps, self.squares, strict=False):
