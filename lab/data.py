@@ -210,7 +210,7 @@ class CIFAR100(Dataset):
 
     num_classes, img_size = 100, 32
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    class_names = (Path(__file__).parent / "cifar100_classes.txt").read_text().splitlines()
+    class_names = (Path(__file__).parent / "cifar100_classes.txt").read_text(encoding="utf-8").splitlines()
 
     def read(self):
         with local_rank_0_first():

@@ -218,7 +218,7 @@ def find_classes(train, val, limit):
 
 def imagenet_classes():
     """{folder: name} of ImageNet-1k's classes, in the order of their labels."""
-    lines = (Path(__file__).parent / "imagenet_classes.txt").read_text().splitlines()
+    lines = (Path(__file__).parent / "imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split(" ", 1) for line in lines)
 
 

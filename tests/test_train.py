@@ -138,7 +138,7 @@ def test_the_environment_names_the_commit_and_uncommitted_changes_of_code(monkey
         subprocess.run(["git", *words.split()], check=True)
     commit = environment.environment("cpu")["commit"]
     assert re.fullmatch("[0-9a-f]{40}", commit)
-    Path("rows.csv").write_text("b")  # a result, which does not change the next one
+    Path("rows.csv").write_text("b", encoding="utf-8")  # a result, which does not change the next one
     assert environment.environment("cpu")["commit"] == commit
     Path("code.py").write_text("b", encoding="utf-8")
     assert environment.environment("cpu")["commit"] == f"{commit}-dirty"
