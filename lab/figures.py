@@ -322,7 +322,7 @@ def bearing_frequencies():
     """The same for one frequency or a range of them, from lab/results/bearing-frequencies.csv."""
     if not experiments.read("bearing-frequencies"):
         return None
-    figure = titled("On average, axial carries over by its period, spherical hardly with any", 3.6)
+    figure = titled("On average, axial carries over well with a period of 7 to 9 patches, spherical with none", 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (pe, colour) in zip(panels, (("axial", BLUE), ("spherical", RED)), strict=True):
         names = []
