@@ -50,7 +50,7 @@ assert train.main([*sys.argv[1:], "--out=cut", "--resume"]) == 0
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_documented_change_resumes_to_the_same_bits(name):
-    for path in *ROOT.glob("*.py"), *ROOT.glob("lab/*.py"):
+    for path in *ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("lab/*.txt"):
         copy = Path(path.relative_to(ROOT))
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
