@@ -96,7 +96,7 @@ def titled(title, height, width=9):
 def attention():
     """Scores of a query in the centre: axial groups show stripes along an axis, others oblique waves (figure 1)."""
     n, ropes = 81, encodings(48)
-    figure = titled("Each axial and comrope-ap group varies along one axis, all others obliquely", 4.2)
+    figure = titled("Groups of axial encodings and comrope-ap vary along one axis, others need not", 4.2)
     rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)
@@ -113,7 +113,7 @@ def attention():
     for axes, label in zip(rows[:, 0], ["a group", "another", "a third", "the head"], strict=True):
         axes.set_ylabel(label)
     figure.colorbar(image, ax=rows, label="score / |q|²", ticks=[-1, 0, 1], shrink=0.6, aspect=25, pad=0.01)
-    about = "position of the key, a copy of the query in the centre; dashed: extent of a training image"
+    about = "position of the key, a copy of the query, which is in the centre; dashed: extent of a training image"
     figure.supxlabel(about, fontsize=10)
     return figure
 
