@@ -2,6 +2,7 @@
 
     python -m lab.experiments bearing bearing-corner        # on a CPU: minutes per run
     python -m lab.experiments cifar100-small                # on a CPU: ten minutes per run
+    python -m lab.experiments cifar100-medium               # on a CPU: an hour or two per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
 
 A set is a list of runs, most important first. train.py trains each run, and in some sets lab.evaluate evaluates it. Its
