@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 import sys
+from functools import partial
 
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
@@ -73,11 +74,11 @@ def values(name, column="accuracy", **flags):
     return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
 
 
-def paired(name, *series):
-    """A list of numbers for each (column, flags) in series, from the seeds that all of them have."""
+def paired(*series):
+    """A list of numbers for each (set, column, flags) in series, from the seeds that all of them have."""
     found = [
         {row["seed"]: float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)}
-        for column, flags in series
+        for name, column, flags in series
     ]
     return [[numbers[seed] for seed in sorted(set.intersection(*map(set, found)))] for numbers in found]
 
@@ -130,6 +131,8 @@ def shifts(name):
 
 ROTARY = [pe for pe, rope in ENCODINGS.items() if rope]
 PLACES = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
+MOVED = {title: f"region {place}" for title, place in PLACES.items()}
+MOVED |= {"moved right": "all moved right", "moved down": "all moved down"}
 
 
 def corner(pool):
@@ -274,7 +277,7 @@ def control():
     for pe in ROTARY:
         flags = {"pe": pe, "pool": "mean"}
         places = "region upper left", "region upper right", "region lower left", "all moved right", "all moved down"
-        learned, right, below, *moved = paired("bearing-corner", *((place, flags) for place in places))
+        learned, right, below, *moved = paired(*(("bearing-corner", place, flags) for place in places))
         if right:
             cells = [*map(mean_and_interval, (learned, right, below)), difference(right, below)]
             cells += [as_text(sign_flip_test(right, below)), *map(mean_and_interval, moved), str(len(right))]
@@ -283,16 +286,23 @@ def control():
     return [["`--pe`", *titles, "seeds"], *lines]
 
 
-def under_shifts():
-    """Rows of encodings that are not equivariant, trained as usual and under shifts of all positions."""
-    places = PLACES | {"moved right": "all moved right", "moved down": "all moved down"}
+def under_shifts(dataset, base, columns, **flags):
+    """Rows of encodings that are not equivariant, trained as usual (in the set base) and under shifts of all positions.
+
+    With the change of the first column, paired by seed.
+    """
+    titles, columns = zip(*columns.items(), strict=True)
     lines = []
-    for pe, (shift, name) in itertools.product(NOT_EQUIVARIANT, {"0": "bearing-corner", "4": "shift"}.items()):
-        columns = [f"region {place}" if place in PLACES.values() else place for place in places.values()]
-        found = [values(name, column, pe=pe, dataset="bearing-corner", pool="mean") for column in columns]
-        if found[-1]:
-            lines.append([f"`{pe}`", shift, *map(mean_and_interval, found), str(len(found[-1]))])
-    return [["`--pe`", "`--shift`", *places, "seeds"], *lines]
+    for pe in NOT_EQUIVARIANT:
+        runs = {"0": (base, {"pe": pe} | flags), "4": ("shift", {"pe": pe, "dataset": dataset})}
+        usual, shifted = paired(*((name, columns[0], of) for name, of in runs.values()))
+        for shift, (name, of) in runs.items():
+            found = [values(name, column, **of) for column in columns]
+            if found[0]:
+                change = difference(shifted, usual) if shift != "0" and usual else ""
+                first, *rest = map(mean_and_interval, found)
+                lines.append([f"`{pe}`", shift, first, change, *rest, str(len(found[0]))])
+    return [["`--pe`", "`--shift`", titles[0], "change, s.e.", *titles[1:], "seeds"], *lines]
 
 
 def compared():
@@ -301,7 +311,7 @@ def compared():
     for pe in ROTARY:
         cells = []
         for other in others:
-            ours, theirs = paired("bearing", *(("accuracy", {"pe": of}) for of in (pe, other)))
+            ours, theirs = paired(*(("bearing", "accuracy", {"pe": of}) for of in (pe, other)))
             told = ours and pe != other
             cells += [difference(ours, theirs), as_text(permutation_test(ours, theirs))] if told else ["", ""]
         if any(cells):
@@ -309,16 +319,23 @@ def compared():
     return [["`--pe`", *itertools.chain(*((f"minus `{other}`, s.e.", "p") for other in others))], *lines]
 
 
-def differences():
-    """Rows of the rotary encodings' differences on cifar100-small, from the seeds that all of them have."""
-    known = [pe for pe in ROTARY if values("cifar100-small", pe=pe)]
-    found = paired("cifar100-small", *(("accuracy", {"pe": pe}) for pe in known))
-    if len(found) < 2 or len(found[0]) < 2:
+def differences(name):
+    """Rows of a set's differences to axial, from the seeds that all its encodings have, beside those of table 2."""
+    known = [pe for pe in ENCODINGS if pe != "none" and len(values(name, pe=pe)) > 1]
+    found = dict(zip(known, paired(*((name, "accuracy", {"pe": pe}) for pe in known)), strict=True))
+    if "axial" not in found or len(found) < 2:
         return []
-    means, error = list(map(statistics.mean, found)), standard_error(found)
-    lines = [[f"`{pe}`", *(f"{means[i] - mean:+.2f}" for mean in means[:i])] for i, pe in enumerate(known)]
-    titles = [f"row - column, s.e. {error:.2f}", *(f"`{pe}`" for pe in known)]
-    return [titles[:-1], *(line + [""] * (len(known) - len(line)) for line in lines[1:])]
+    error = standard_error(list(found.values()))
+
+    def minus_axial(means, digits):
+        return [f"{means[pe] - means['axial']:+.{digits}f}" if pe in means else "-" for pe in known if pe != "axial"]
+
+    columns = {f"minus `axial`, s.e. {error:.2f}": minus_axial({pe: statistics.mean(found[pe]) for pe in known}, 2)}
+    for title, cells in PUBLISHED["table2"].items():
+        means = {pe: float(cell.split()[0]) for pe, cell in cells.items()}
+        columns[f"published: {title}"] = minus_axial(means, 1)
+    rows = zip((f"`{pe}`" for pe in known if pe != "axial"), *columns.values(), strict=True)
+    return [["`--pe`", *columns], *map(list, rows)]
 
 
 OTHER_TABLES = {
@@ -326,9 +343,13 @@ OTHER_TABLES = {
     "frequencies": frequencies,
     "corner-test": corner_test,
     "control": control,
-    "under-shifts": under_shifts,
+    "under-shifts": partial(under_shifts, "bearing-corner", "bearing-corner", MOVED, pool="mean"),
+    "cifar100-under-shifts": partial(
+        under_shifts, "cifar100", "cifar100-small", {"test": "accuracy", "all by 4": "shift 4"}
+    ),
     "compared": compared,
-    "differences": differences,
+    "cifar100-small-differences": partial(differences, "cifar100-small"),
+    "cifar100-medium-differences": partial(differences, "cifar100-medium"),
 }
 
 

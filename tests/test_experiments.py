@@ -207,18 +207,30 @@ def test_bearing_is_compared_by_seed_and_training_under_shifts_with_the_usual():
         row = {"pe": "spherical", "seed": 0, "dataset": "bearing-corner", "pool": "mean", "accuracy": 99}
         append(name, row | dict.fromkeys(places, 99) | {"all moved down": down, "command": "python"})
     usual, shifted = table("under-shifts").splitlines()[2:]
-    assert usual == "| `spherical` | 0 | 99.0 | 99.0 | 99.0 | 99.0 | 25.0 | 1 |"
-    assert shifted == "| `spherical` | 4 | 99.0 | 99.0 | 99.0 | 99.0 | 93.0 | 1 |"
+    assert usual == "| `spherical` | 0 | 99.0 |  | 99.0 | 99.0 | 99.0 | 25.0 | 1 |"
+    assert shifted == "| `spherical` | 4 | 99.0 | +0.0 | 99.0 | 99.0 | 99.0 | 93.0 | 1 |"
+    for seed, usual, shifted in (0, 30, 29), (1, 28, 26), (2, 29, None):
+        row = {"pe": "liere", "seed": seed, "shift 4": 20, "command": "python"}
+        append("cifar100-small", row | {"accuracy": usual})
+        if shifted:
+            append("shift", row | {"dataset": "cifar100", "accuracy": shifted, "shift 4": shifted})
+    usual, shifted = table("cifar100-under-shifts").splitlines()[2:]
+    assert usual.startswith("| `liere` | 0 | 29.0 (") and usual.endswith(" |  | 20.0 (20.0 to 20.0) | 3 |")
+    assert shifted == "| `liere` | 4 | 27.5 (26.0 to 29.0) | -1.5 ± 0.5 | 27.5 (26.0 to 29.0) | 2 |"
 
 
-def test_differences_are_taken_between_runs_with_the_same_seed():
+def test_differences_are_taken_between_runs_with_the_same_seed(monkeypatch):
+    published = {"ImageNet": {"axial": "75.6 ± 0.2", "mixed": "77.4 ± 0.1"}}
+    monkeypatch.setitem(report.PUBLISHED, "table2", published)
     for pe, accuracies in ("none", (9, 9)), ("axial", (20, 23)), ("mixed", (25, 28)), ("liere", (26, 29.3)):
         for seed, accuracy in enumerate(accuracies):
             append("cifar100-small", {"pe": pe, "seed": seed, "accuracy": accuracy, "command": "python"})
     append("cifar100-small", {"pe": "axial", "seed": 2, "accuracy": 90, "command": "python"})  # not shared
-    titles, rows = cells("differences")
-    assert titles == ["axial", "mixed"] and rows == {"mixed": ["+5.00", ""], "liere": ["+6.15", "+1.15"]}
-    assert table("differences").startswith("| row - column, s.e. 0.12 |")  # 0.3 / sqrt(6)
+    append("cifar100-small", {"pe": "uniform", "seed": 0, "accuracy": 90, "command": "python"})  # a single seed
+    titles, rows = cells("cifar100-small-differences")
+    assert titles == ["minus `axial`, s.e. 0.12", "published: ImageNet"]  # 0.3 / sqrt(6)
+    assert rows == {"mixed": ["+5.00", "+1.8"], "liere": ["+6.15", "-"]}
+    assert not table("cifar100-medium-differences")
     random = np.random.default_rng(0)
     offsets = random.normal(0, 9, (300, 1)) + random.normal(0, 9, 4)
     error = stats.standard_error(offsets + random.normal(0, 2, (300, 4)))
