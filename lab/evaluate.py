@@ -14,10 +14,10 @@ Equivariant encodings ignore a shift of all positions (Yu et al. 2025, figure 5)
 of reference, stays behind. The accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al.
 2024, table 5).
 
---regions also moves all positions by half an image, where the run learned: once to the right and once down ("all
-moved"). An encoding that is equivariant along one axis only is its own control there, because the border stays where it
-is. And it moves the class token alone ("token moved"), as far as the squares: from the upper left quarter to the lower
-right one.
+--regions also counts answers that take left for right, in the lower left quarter. And where the run learned, it moves
+all positions ("all moved"): by half an image to the right and down, and by one and two patches down; the border stays
+where it is. Last, it moves the class token alone ("token moved"), as far as the squares: from the upper left quarter to
+the lower right one.
 
 A model for ImageNet-1k (lab.pretrained) takes a folder of any of its classes, named as ImageNet's are: n01440764 ...
 Its answer is one of all 1000.
@@ -129,9 +129,9 @@ def evaluations(model, data, labels, size, seed, args):
     """
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
 
-    def test(pos=lambda n: None, change=lambda images: images, **which):
+    def test(pos=lambda n: None, change=lambda images: images, answers=labels, **which):
         torch.manual_seed(seed)
-        batches = ((change(images), labels[i]) for images, i in data.test_batches(**{"img_size": size} | which))
+        batches = ((change(images), answers[i]) for images, i in data.test_batches(**{"img_size": size} | which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, first=0):
@@ -143,9 +143,9 @@ def evaluations(model, data, labels, size, seed, args):
 
         return test(pos, batch_size=50)
 
-    def moved(tokens, *offset):  # x, y in images
+    def moved(tokens, *offset):  # x, y in patches
         pos = model.positions(size // patch, size // patch)
-        pos[tokens] += data.img_size / patch * model.spacing * pos.new_tensor(offset)
+        pos[tokens] += model.spacing * pos.new_tensor(offset)
         return lambda n: pos
 
     yield "test", {"test": test()}
@@ -159,11 +159,15 @@ def evaluations(model, data, labels, size, seed, args):
     if args.shuffle:
         yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
     if args.regions and isinstance(data, Bearing):
+        half = data.img_size // patch / 2
         yield "region", {region: test(region=region) for region in REGIONS}
+        left_for_right = (4 - labels) % 8  # labels count eighths of a turn from "right"
+        yield "left for right", {"lower left": test(answers=left_for_right, region="lower left")}
         if rotary:
-            yield "all moved", {"right": test(moved(..., 0.5, 0)), "down": test(moved(..., 0, 0.5))}
+            offsets = {"right": (half, 0), "down": (0, half), "down 1": (0, 1), "down 2": (0, 2)}
+            yield "all moved", {name: test(moved(..., *offset)) for name, offset in offsets.items()}
         if rotary and model.num_prefix_tokens:
-            token = moved(slice(model.num_prefix_tokens), 0.5, 0.5)
+            token = moved(slice(model.num_prefix_tokens), half, half)
             yield "token moved", {"lower right": test(token, region="lower right")}
 
 

@@ -62,7 +62,7 @@ SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate
         "--regions",
     ),
     "bearing-frequencies": (FREQUENCIES, "--regions"),
-    "shift": (SHIFT, "--shift 4 --regions"),
+    "shift": (SHIFT, "--shift 4 16 --regions"),
     "cifar100-small": (SMALL, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "cifar100-medium": (MEDIUM, "--sizes 24 48 64 --shift 4 16 --patch-shift 1 4 --shuffle"),
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),

@@ -63,7 +63,8 @@ def test_everything_is_evaluated_kept_and_shown(capsys):
         "patch shift": ["1", "2", "4", "8", "16"],
         "patches": ["shuffled"],
         "region": ["everywhere", "upper left", "upper right", "lower left", "lower right"],
-        "all moved": ["right", "down"],
+        "left for right": ["lower left"],
+        "all moved": ["right", "down", "down 1", "down 2"],
         "token moved": ["lower right"],
     }
     result = read_json(Path("run/result.json"))["test_accuracy"]
@@ -194,16 +195,28 @@ def test_each_evaluation_is_of_the_images_that_it_names(given):
     given.clear()
     evaluated("--sizes", "24", "--shuffle", "--regions")
     data = Bearing(batch_size=1)
-    which = [{}, {"img_size": 24}, {}, *({"region": region} for region in REGIONS), {}, {}, {"region": "lower right"}]
+    regions = [{"region": region} for region in (*REGIONS, "lower left")]
+    which = [{}, {"img_size": 24}, {}, *regions, {}, {}, {}, {}, {"region": "lower right"}]
     want = [data.normalise(data.test_set(**w)[0]) for w in which]
     torch.manual_seed(0)
     want[2] = shuffled(want[2], 4)
     assert all(torch.equal(a, b) for a, b in zip((images for _, images, _ in given), want, strict=True))
-    *others, right, down, token_moved = (moves for _, _, moves in given)
+    *others, right, down, down_1, down_2, token_moved = (moves for _, _, moves in given)
     assert others == [None] * len(others)
-    for moves, offset in (right, (4.0, 0.0)), (down, (0.0, 4.0)):
+    for moves, offset in (right, (4.0, 0.0)), (down, (0.0, 4.0)), (down_1, (0.0, 1.0)), (down_2, (0.0, 2.0)):
         torch.testing.assert_close(moves, torch.tensor(offset).expand(65, 2))
     torch.testing.assert_close(token_moved, torch.tensor([[4.0, 4.0], *[[0.0, 0.0]] * 64]))
+
+
+def test_answers_that_take_left_for_right_are_counted(monkeypatch):
+    """A model that sees the lower left quarter in a mirror."""
+    exchange = {"left": "right", "right": "left"}
+    mirrored = [" ".join(exchange.get(word, word) for word in name.split()) for name in Bearing.class_names]
+    _, labels = Bearing(batch_size=1).test_set(region="lower left")
+    answers = torch.tensor([Bearing.class_names.index(mirrored[label]) for label in labels])
+    trained("none")
+    monkeypatch.setattr(ViT, "forward", lambda model, images, pos=None: F.one_hot(answers, 8))
+    assert evaluated("--regions")["left for right"] == {"lower left": 100}
 
 
 def test_a_run_is_tested_and_evaluated_at_its_eval_size(given):

@@ -79,6 +79,14 @@ def test_spherical_scores_survive_a_shift_along_x_because_the_yaw_comes_last(lea
     assert change_of_scores(rope, 2.0, 0.0) < 1e-10 and change_of_scores(rope, 0.0, 2.0) > 0.1
 
 
+def test_spherical_takes_left_for_right_half_a_turn_down():
+    """roll(-pi) yaw(a) roll(pi) = yaw(-a): scores are those of the image in a mirror, where x is -x."""
+    rope, q, k, pos = SphericalRoPE(D, H, theta=1), *torch.randn(2, 1, H, T, D), torch.randn(T, 2)
+    down, mirrored = pos + torch.tensor([0, torch.pi]), pos * torch.tensor([-1, 1])
+    assert (scores(rope, q, k, down) - scores(rope, q, k, mirrored)).abs().max() < 1e-12
+    assert (scores(rope, q, k, down) - scores(rope, q, k, pos)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_spherical_with_a_zero_frequency_is_equivariant(axis):
     rope = SphericalRoPE(D, H, learned=True)
