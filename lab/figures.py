@@ -32,7 +32,6 @@ from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
 from lab.files import atomic_write
 from lab.pictures import BLUE, COLOURS, FROM_ZERO, GREEN, GREY, ORANGE, PALE, RED, SIGNED, SKY, STYLE, heading, style
-from lab.results.stats import interval
 from lab.rotations import (
     channel_groups,
     encodings,
@@ -259,10 +258,7 @@ def moving_query(frames=40):
 
 
 def bearing_corner():
-    """Accuracy in the corner that training did not show, from lab/results/bearing-corner.csv.
-
-    One dot per run, a tick for the mean and a line for its 95 % interval.
-    """
+    """Accuracy in the corner that training did not show, a dot per run and a tick for the mean (bearing-corner.csv)."""
     rows, ropes, kinds = experiments.read("bearing-corner"), encodings(24), {}
     if not rows:
         return None
@@ -284,9 +280,8 @@ def bearing_corner():
             if runs:  # else the layout would make room for points at the origin of the page
                 axes.plot(accuracy, place, "o", color=colour, alpha=0.5, markersize=4, clip_on=False, label=label)
             for y in set(place):
-                numbers = [x for x, at in zip(accuracy, place, strict=True) if at == y]
-                axes.plot(interval(numbers), [y, y], color=colour, linewidth=2, alpha=0.8)
-                axes.plot(mean(numbers), y, "|", color=colour, markersize=12, markeredgewidth=2)
+                middle = mean(x for x, at in zip(accuracy, place, strict=True) if at == y)
+                axes.plot(middle, y, "|", color=colour, markersize=12, markeredgewidth=2)
         axes.axvline(12.5, color=GREY, linewidth=1, zorder=0)
         axes.set(xlim=(0, 100), ylim=(len(pes) - 0.5, -0.5), yticks=range(len(pes)), yticklabels=pes, ylabel=kind)
         axes.tick_params(length=0)
@@ -306,7 +301,8 @@ def bearing_control():
             series.setdefault(name, []).append([float(row[f"region {it}"]) for it in ("upper right", "lower left")])
     if not series:
         return None
-    figure = titled("Spherical RoPE, equivariant in x alone, carries over\nto the right, not downwards", 5.4, width=6)
+    title = "On average, Spherical RoPE, which ignores shifts along x,\ncarries over to the right, but hardly downwards"
+    figure = titled(title, 5.4, width=6)
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=PALE, linewidth=1, zorder=0)
     for (name, found), colour in zip(sorted(series.items()), [SKY, GREEN, RED, ORANGE], strict=False):

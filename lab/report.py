@@ -16,14 +16,6 @@ from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
 from lab.experiments import NOT_EQUIVARIANT, RANGES, RESULTS, ROOT, matches, read
 from lab.files import atomic_write, read_json
-from lab.results.stats import (
-    as_text,
-    difference,
-    mean_and_interval,
-    permutation_test,
-    sign_flip_test,
-    standard_error,
-)
 from vit import ENCODINGS
 
 
@@ -74,18 +66,39 @@ def values(name, column="accuracy", **flags):
     return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
 
 
-def paired(*series):
-    """A list of numbers for each (set, column, flags) in series, from the seeds that all of them have."""
-    found = [
-        {row["seed"]: float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)}
-        for name, column, flags in series
-    ]
-    return [[numbers[seed] for seed in sorted(set.intersection(*map(set, found)))] for numbers in found]
+def mean_and_error(numbers, sign="", like=()):
+    """The mean over the seeds and its standard error, or that of samples like it (root mean square); None if empty."""
+    if not numbers:
+        return None
+    mean = f"{statistics.mean(numbers):{sign}.1f}"
+    if len(numbers) == 1:
+        return mean
+    squared = statistics.mean(statistics.variance(x) / len(x) for x in like or [numbers] if len(x) > 1)
+    return f"{mean} ± {math.sqrt(squared):.1f}"
+
+
+def differences(of, to):
+    """One column minus another, each a (set, column, flags), paired by seed."""
+    a, b = (
+        {row.get("seed"): float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)}
+        for name, column, flags in (of, to)
+    )
+    return [a[seed] - b[seed] for seed in a if seed in b]
 
 
 def measured(name, column="accuracy", **flags):
-    """A function cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its interval."""
-    return lambda pe: mean_and_interval(values(name, column, pe=pe, **flags))
+    """A function cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its standard error."""
+    return lambda pe: mean_and_error(values(name, column, pe=pe, **flags))
+
+
+def minus(name, other, pooled=False):
+    """A function cell(pe): its accuracy minus another encoding's; pooled: with one standard error for all, if few."""
+
+    def to_other(pe):
+        return differences(*((name, "accuracy", {"pe": of}) for of in (pe, other)))
+
+    others = [pe for pe in ENCODINGS if pe != other]
+    return lambda pe: pe != other and mean_and_error(to_other(pe), "+", [*map(to_other, others)] if pooled else ())
 
 
 def benchmark(file):
@@ -115,11 +128,11 @@ def seeds(name, **flags):
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
-def sizes(name, *pixels):
-    """The columns of accuracies at other sizes, and with shuffled patches."""
-    found = {f"{size} px": f"size {size}" for size in pixels} | {"shuffled patches": "patches shuffled"}
-    columns = [(title, measured(name, column)) for title, column in found.items()]
-    return [("test", measured(name)), *columns, ("seeds", seeds(name))]
+def sizes(name, pooled=False, **more):
+    """The columns of accuracies as trained, at other sizes, and with more titles of columns."""
+    titles = {f"{size} px": f"size {size}" for size in (24, 48, 64)} | more
+    found = [(title, measured(name, column)) for title, column in titles.items()]
+    return [("test", measured(name)), ("minus `axial`", minus(name, "axial", pooled)), *found, ("seeds", seeds(name))]
 
 
 def shifts(name):
@@ -129,19 +142,35 @@ def shifts(name):
     return [(title, measured(name, column)) for title, column in found.items()]
 
 
-ROTARY = [pe for pe, rope in ENCODINGS.items() if rope]
-PLACES = {"where it learned": "upper left", "opposite corner": "lower right", "everywhere": "everywhere"}
-MOVED = {title: f"region {place}" for title, place in PLACES.items()}
-MOVED |= {"moved right": "all moved right", "moved down": "all moved down"}
-
-
 def corner(pool):
     """The columns of bearing-corner, for one way to pool."""
-    columns = [(title, measured("bearing-corner", f"region {place}", pool=pool)) for title, place in PLACES.items()]
-    moved = ("opposite corner, token moved", measured("bearing-corner", "token moved lower right", pool=pool))
-    return [*columns, *[moved] * (pool == "cls"), ("seeds", seeds("bearing-corner", pool=pool))]
+
+    def right_minus_below(pe):
+        places = "region upper right", "region lower left"
+        return mean_and_error(differences(*(("bearing-corner", it, {"pe": pe, "pool": pool}) for it in places)), "+")
+
+    columns = {
+        "where it learned": "region upper left",
+        "upper right": "region upper right",
+        "lower left": "region lower left",
+        "left for right there": "left for right lower left",
+        "opposite corner": "region lower right",
+        "opposite corner, token moved": "token moved lower right",
+        "moved down": "all moved down",
+    }
+    found = [(title, measured("bearing-corner", column, pool=pool)) for title, column in columns.items()]
+    found.insert(3, ("right minus below", right_minus_below))
+    return [*found, ("seeds", seeds("bearing-corner", pool=pool))]
 
 
+def published_minus_axial(title):
+    """A function cell(pe): the difference in the paper's table 2, for encodings of cifar100-medium."""
+    means = {pe: float(cell.split()[0]) for pe, cell in PUBLISHED["table2"][title].items()}
+    known = means.keys() - {"axial"}
+    return lambda pe: pe in known and values("cifar100-medium", pe=pe) and f"{means[pe] - means['axial']:+.1f}"
+
+
+SHUFFLED = {"shuffled patches": "patches shuffled"}
 TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
     "table2": [
         ("400 epochs", measured("table2", epochs=400)),
@@ -153,9 +182,13 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
-    "cifar100-medium": sizes("cifar100-medium", 24, 48, 64),
+    "cifar100-medium": sizes("cifar100-medium", pooled=True, **SHUFFLED),
+    "cifar100-medium-differences": [
+        ("here", minus("cifar100-medium", "axial", pooled=True)),
+        *((f"published: {title}", published_minus_axial(title)) for title in PUBLISHED["table2"]),
+    ],
     "cifar100-medium-shifts": shifts("cifar100-medium"),
-    "cifar100-small": sizes("cifar100-small", 24, 48, 64),
+    "cifar100-small": sizes("cifar100-small", pooled=True, **SHUFFLED),
     "cifar100-small-shifts": shifts("cifar100-small"),
     "cost": [
         ("on a GPU", cost("benchmark-cuda", "training step")),
@@ -174,7 +207,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
         ("seeds", seeds("table7", fraction=0.2)),
     ],
-    "bearing": sizes("bearing", 24, 48, 64),
+    "bearing": sizes("bearing"),
     "bearing-shifts": shifts("bearing"),
     "corner-mean": corner("mean"),
     "corner-cls": corner("cls"),
@@ -198,20 +231,18 @@ def peers():
 
 
 def frequencies():
-    """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them.
-
-    p tests the difference between the two encodings in the opposite corner.
-    """
-    lines = []
+    """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them."""
+    lines, name, places = [], "bearing-frequencies", ("upper left", "lower right", "everywhere")
     for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
-        name, flags = "bearing-frequencies", {"pe-options": f"theta={theta}", "pos-scale": scale}
-        found = [values(name, f"region {place}", pe=pe, **flags) for place in PLACES.values()]
+        flags = {"pe-options": f"theta={theta}", "pos-scale": scale}
+        found = [values(name, f"region {place}", pe=pe, **flags) for place in places]
         if found[0]:
-            other = pe != "axial" and values(name, "region lower right", pe="axial", **flags)
-            p = as_text(permutation_test(found[1], other)) if other else ""
-            cells = [*map(mean_and_interval, found), str(len(found[0])), p]
+            both = ((name, "region lower right", flags | {"pe": of}) for of in (pe, "axial"))
+            change = mean_and_error(differences(*both), "+") if pe != "axial" else None
+            cells = [*map(mean_and_error, found), change or "", str(len(found[0]))]
             lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells])
-    return [["`--pe`", "frequencies (period in patches)", *PLACES, "seeds", "p, opposite corner"], *lines]
+    places = "where it learned", "opposite corner", "everywhere", "opposite corner, minus `axial`"
+    return [["`--pe`", "frequencies (period in patches)", *places, "seeds"], *lines]
 
 
 def frequency_range(pe, theta, scale):
@@ -220,136 +251,42 @@ def frequency_range(pe, theta, scale):
     return f"{w[0]:g} ({7 / w[0]:.3g})" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"  # 7 patches span 2 pi
 
 
-def corner_test():
-    """Rows that test whether equivariant encodings do better in the opposite corner."""
-    lines = []
-    for title, pool, column, without in (
-        ("mean", "mean", "region lower right", None),
-        ("mean, without `uniform`", "mean", "region lower right", "uniform"),
-        ("cls", "cls", "region lower right", None),
-        ("cls, token moved", "cls", "token moved lower right", None),
-    ):
-        rotary = [pe for pe in ROTARY if pe != without]
-        found = {pe: values("bearing-corner", column, pe=pe, pool=pool) for pe in rotary}
-        runs = [(file_of(pe), number) for pe, numbers in found.items() for number in numbers]
-        encodings = [(file_of(pe), statistics.mean(numbers)) for pe, numbers in found.items() if numbers]
-        files = [(file, statistics.mean(mean for of, mean in encodings if of == file)) for file in dict(encodings)]
-        a, b = by_kind(encodings)
-        if a and b:
-            error = math.sqrt(sum(statistics.pvariance(means) / max(1, len(means) - 1) for means in (a, b)))  # Welch's
-            tests = {"encodings": encodings, "files": files, "runs": runs}
-            lines.append(
-                [
-                    title,
-                    *(f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})" for means in (a, b)),
-                    f"{statistics.mean(a) - statistics.mean(b):.1f} ± {error:.1f}",
-                    *(
-                        f"{as_text(permutation_test(*by_kind(pairs)))} ({len(pairs)} {name})"
-                        for name, pairs in tests.items()
-                    ),
-                ]
-            )
-    titles = ["equivariant", "not equivariant", "difference, s.e.", "p over encodings", "p over files", "p over runs"]
-    return [["`--pool`", *titles], *lines]
-
-
-def by_kind(pairs):
-    """Numbers, given with their encoding's file, in two lists: of equivariant encodings and of the others.
-
-    A file's docstring says which it is; tests/test_equivariance.py verifies it.
-    """
-    kinds = [], []
-    for file, number in pairs:
-        kinds["not equivariant" in " ".join(sys.modules[file].__doc__.split())].append(number)
-    return kinds
-
-
-def file_of(pe):
-    return getattr(ENCODINGS[pe], "func", ENCODINGS[pe]).__module__
-
-
-def control():
-    """Rows of what the same runs carry over along x and along y; and with positions moved by half an image instead.
-
-    With the two quarters' difference, its standard error over seeds and p by flipping its signs.
-    """
-    lines = []
-    for pe in ROTARY:
-        flags = {"pe": pe, "pool": "mean"}
-        places = "region upper left", "region upper right", "region lower left", "all moved right", "all moved down"
-        learned, right, below, *moved = paired(*(("bearing-corner", place, flags) for place in places))
-        if right:
-            cells = [*map(mean_and_interval, (learned, right, below)), difference(right, below)]
-            cells += [as_text(sign_flip_test(right, below)), *map(mean_and_interval, moved), str(len(right))]
-            lines.append([f"`{pe}`", *cells])
-    titles = ["where it learned", "upper right", "lower left", "difference, s.e.", "p", "moved right", "moved down"]
-    return [["`--pe`", *titles, "seeds"], *lines]
-
-
 def under_shifts(dataset, base, columns, **flags):
     """Rows of encodings that are not equivariant, trained as usual (in the set base) and under shifts of all positions.
 
-    With the change of the first column, paired by seed.
+    From the seeds that were trained under shifts; with the change of the first column.
     """
     titles, columns = zip(*columns.items(), strict=True)
     lines = []
     for pe in NOT_EQUIVARIANT:
         runs = {"0": (base, {"pe": pe} | flags), "4": ("shift", {"pe": pe, "dataset": dataset})}
-        usual, shifted = paired(*((name, columns[0], of) for name, of in runs.values()))
+        used = [row["seed"] for row in read("shift") if matches(row, runs["4"][1])]
+        change = differences(*((name, columns[0], of) for name, of in reversed(runs.values())))
         for shift, (name, of) in runs.items():
-            found = [values(name, column, **of) for column in columns]
+            found = [[x for seed in used for x in values(name, column, seed=seed, **of)] for column in columns]
             if found[0]:
-                change = difference(shifted, usual) if shift != "0" and usual else ""
-                first, *rest = map(mean_and_interval, found)
-                lines.append([f"`{pe}`", shift, first, change, *rest, str(len(found[0]))])
-    return [["`--pe`", "`--shift`", titles[0], "change, s.e.", *titles[1:], "seeds"], *lines]
+                cells = [mean_and_error(numbers) or "" for numbers in found]
+                cells.insert(1, (shift != "0" and mean_and_error(change, "+")) or "")
+                cells.append(str(len(found[0])))
+                lines.append([f"`{pe}`", shift, *cells])
+    return [["`--pe`", "`--shift`", titles[0], "change", *titles[1:], "seeds"], *lines]
 
 
-def compared():
-    """Rows of bearing's differences to two encodings, paired by seed, with standard errors and permutation tests."""
-    lines, others = [], ("axial", "liere")
-    for pe in ROTARY:
-        cells = []
-        for other in others:
-            ours, theirs = paired(*(("bearing", "accuracy", {"pe": of}) for of in (pe, other)))
-            told = ours and pe != other
-            cells += [difference(ours, theirs), as_text(permutation_test(ours, theirs))] if told else ["", ""]
-        if any(cells):
-            lines.append([f"`{pe}`", *cells])
-    return [["`--pe`", *itertools.chain(*((f"minus `{other}`, s.e.", "p") for other in others))], *lines]
-
-
-def differences(name):
-    """Rows of a set's differences to axial, from the seeds that all its encodings have, beside those of table 2."""
-    known = [pe for pe in ENCODINGS if pe != "none" and len(values(name, pe=pe)) > 1]
-    found = dict(zip(known, paired(*((name, "accuracy", {"pe": pe}) for pe in known)), strict=True))
-    if "axial" not in found or len(found) < 2:
-        return []
-    error = standard_error(list(found.values()))
-
-    def minus_axial(means, digits):
-        return [f"{means[pe] - means['axial']:+.{digits}f}" if pe in means else "-" for pe in known if pe != "axial"]
-
-    columns = {f"minus `axial`, s.e. {error:.2f}": minus_axial({pe: statistics.mean(found[pe]) for pe in known}, 2)}
-    for title, cells in PUBLISHED["table2"].items():
-        means = {pe: float(cell.split()[0]) for pe, cell in cells.items()}
-        columns[f"published: {title}"] = minus_axial(means, 1)
-    rows = zip((f"`{pe}`" for pe in known if pe != "axial"), *columns.values(), strict=True)
-    return [["`--pe`", *columns], *map(list, rows)]
-
-
+PLACES = {  # columns of bearing-corner
+    "where it learned": "region upper left",
+    "upper right": "region upper right",
+    "lower left": "region lower left",
+    "opposite corner": "region lower right",
+    "moved down": "all moved down",
+    "shifts, s.d. 16": "shift 16",
+}
 OTHER_TABLES = {
     "peers": peers,
     "frequencies": frequencies,
-    "corner-test": corner_test,
-    "control": control,
-    "under-shifts": partial(under_shifts, "bearing-corner", "bearing-corner", MOVED, pool="mean"),
+    "under-shifts": partial(under_shifts, "bearing-corner", "bearing-corner", PLACES, pool="mean"),
     "cifar100-under-shifts": partial(
-        under_shifts, "cifar100", "cifar100-small", {"test": "accuracy", "all by 4": "shift 4"}
+        under_shifts, "cifar100", "cifar100-small", {"test": "accuracy", "all by 4": "shift 4", "all by 16": "shift 16"}
     ),
-    "compared": compared,
-    "cifar100-small-differences": partial(differences, "cifar100-small"),
-    "cifar100-medium-differences": partial(differences, "cifar100-medium"),
 }
 
 
