@@ -103,7 +103,7 @@ def evaluate(run, args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
-        print(f"  {name:12}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
+        print(f"  {name:16}" + "   ".join(f"{key}: {results[name][key]:.1f}" for key in found), flush=True)
         write_json(path, config | {"accuracies": results, "skipped_images": len(data.corrupt)})
     if data.corrupt:
         print(f"corrupt images skipped: {len(data.corrupt)}")
