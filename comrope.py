@@ -101,8 +101,9 @@ class ComRoPE(nn.Module):
         p, P, theta = pos.to(dtype), self.blocks.to(dtype), self.factors(dtype)
         B = P - P.mT  # (H, K, b, b)
         with no_autocast(pos):
-            R = shared_exponentials(p, theta, B)  # the same in fewer exponentials, for positions on a grid
-            if R is None:
+            if has_few_coordinates(p):
+                R = shared_exponentials(p, theta, B)  # the same in fewer exponentials, for positions on a grid
+            else:
                 S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, B)  # c B
                 R = skew_exp(S)  # torch.matrix_exp(S.contiguous()), but about twice as fast
         return R
@@ -140,16 +141,14 @@ def turn(x, R):
 # What makes it fast and safe
 
 
-def shared_exponentials(p, theta, B):
-    """exp(theta_x x B) exp(theta_y y B), from one exponential for each axis and distinct |x| or |y|: a grid has few.
+def has_few_coordinates(p):
+    """Whether p is constant, with fewer distinct |x| and |y| than tokens, as on a grid."""
+    return is_constant(p) and p.shape[-1] * len(p.abs().unique()) < p[..., 0].numel()
 
-    None if that would not be fewer than one for each token, or if p is not constant.
-    """
-    if not is_constant(p):
-        return None
+
+def shared_exponentials(p, theta, B):
+    """exp(theta_x x B) exp(theta_y y B), from one exponential for each axis and distinct |x| or |y|."""
     M, (size, index) = p.shape[-1], p.abs().unique(return_inverse=True)
-    if M * len(size) >= p[..., 0].numel():
-        return None
     E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", size, theta, B))
     E = torch.cat([E, E.mT], dim=2)  # exp(-S) = exp(S)^T
     index = index + len(size) * (p < 0)
