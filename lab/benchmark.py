@@ -1,18 +1,16 @@
-"""Benchmark the encodings: time and memory, in a ViT and alone, as tokens and channels grow.
+"""Benchmark the encodings: time and memory, in a ViT and alone, as tokens grow.
 
-    python -m lab.benchmark                              # the first six parts
+    python -m lab.benchmark                              # the first four parts
     python -m lab.benchmark step inference --pe axial spherical --json costs.json
     python -m lab.benchmark step --pe spherical --img-size 1024 --patch-size 16 --batch-size 4 --head-dim 64
 
     step           a training step of ViT-S: forward, loss, backward, fused AdamW
     inference      a pass without gradients
-    alone          one layer's encoding of q and k (B, H, T, D): forward, and forward with backward
     memory         the peak of a training step; the peak of one layer's encoding at 4096 tokens
-    tokens         alone, forward and backward, at 64 to 4096 tokens per image, the same number in total
-    head-dim       the same at 32, 64 and 128 channels per head
+    tokens         one layer's encoding of q and k (B, H, T, D), forward and backward, at 64 to 4096 tokens per image,
+                   the same number in total
     peers          alone, eager and compiled, against other implementations: complex numbers, torch.matrix_exp per
                    token, timm and rotary-embedding-torch, if installed (pip install timm rotary-embedding-torch)
-    recipe         augmentation of a batch against its training step, and LAMB against fused AdamW
     decoding       reading photographs (--photos DIR) at 224 pixels as lab/imagenet.py does, against Pillow's open,
                    convert and resize of the whole image
 
@@ -47,14 +45,12 @@ from torch.profiler import ProfilerActivity, profile
 import comrope
 import liere
 from comrope import ComRoPE
-from lab.augment import mix, three_augment
 from lab.cli import Parser, add_device_flags, number, parse_options
 from lab.distributed import usable_device
 from lab.environment import environment
 from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import read_json, write_json
 from lab.imagenet import SUFFIXES, load
-from lab.lamb import LAMB
 from liere import LieRE
 from vit import ENCODINGS, ViT
 
@@ -68,7 +64,6 @@ DEFAULTS = {  # on a CPU, on CUDA
     "compile": (False, True),
 }
 SIDES = 8, 16, 32, 64  # of square grids of 64 to 4096 tokens
-HEAD_DIMS = 32, 64, 128
 
 
 @one_line_errors
@@ -94,7 +89,7 @@ def main(argv=None):
 def parse_args(argv):
     parser = Parser(__doc__)
     add, count = parser.add_argument, number(int, least=1)
-    add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (the first six)")
+    add("parts", nargs="*", metavar="PART", help=f"what to measure: {', '.join(PARTS)} (the first four)")
     add("--pe", nargs="+", choices=ENCODINGS, default=list(ENCODINGS), help="encodings (all)")
     add("--img-size", type=count, help="side of the images in pixels (32, on CUDA 224)")
     add("--patch-size", type=count, help="patch size in pixels (4, on CUDA 16)")
@@ -122,7 +117,7 @@ def parse_args(argv):
         parser.error(f"{args.json} is not a file of lab.benchmark: choose another --json")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"there is no folder {args.json.parent}: create it, or choose another --json")
-    args.parts = args.parts or list(PARTS)[:6]
+    args.parts = args.parts or list(PARTS)[:4]
     args.pe_options = {pe: parse_options(args.pe_options, pe, ENCODINGS[pe]) for pe in args.pe}
     if "decoding" in args.parts and not (args.photos and images_below(args.photos)):
         parser.error("decoding needs images: name a folder of them with --photos")
@@ -145,16 +140,9 @@ def beside_none(what, make, args):
         yield {"what": what, "pe": pe, "base": "none"} | compare(make(pe, args), none, args)
 
 
-def alone(args):
-    for layer in layers(args):
-        forward, attention = torch.no_grad()(layer.encode), torch.no_grad()(layer.attend)
-        yield layer.row("encoding, forward", "attention") | compare(forward, attention, args)
-    yield from forward_and_backward(args)
-
-
-def forward_and_backward(args, sides=(None,), head_dims=(None,)):
-    for side, D in itertools.product(sides, head_dims):
-        for layer in layers(args, side, D):
+def tokens(args):
+    for side in SIDES:
+        for layer in layers(args, side):
             encode, attend = layer.with_backward(layer.encode), layer.with_backward(layer.attend)
             yield layer.row("encoding, forward and backward", "attention") | compare(encode, attend, args)
 
@@ -246,23 +234,6 @@ def encode_by_matrix_exp(layer):
     return turn(layer.q, R), turn(layer.k, R)
 
 
-def recipe(args):
-    """What the CIFAR-100 recipe adds to a training step."""
-    images, labels = batch(args)
-    images = (255 * images.sigmoid()).byte()
-    row = {"what": "augmentation", "pe": "axial", "base": "training step"}
-    yield row | compare(lambda: mix(three_augment(images), labels, 100), training_step("axial", args), args)
-
-    def update(optimizer, **options):
-        parameters = list(vit_of("axial", args).parameters())
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        return optimizer(parameters, weight_decay=0.05, **options).step
-
-    row = {"what": "LAMB", "pe": "axial", "base": "fused AdamW"}
-    yield row | compare(update(LAMB), update(torch.optim.AdamW, fused=True), args)
-
-
 def decoding(args):
     paths = images_below(args.photos)
 
@@ -333,26 +304,26 @@ def inference_pass(pe, args):
     return run
 
 
-def layers(args, side=None, head_dim=None):
+def layers(args, side=None):
     """A layer of each rotary encoding, for the batch's images or as many tokens in grids of side x side."""
     grid = args.img_size // args.patch_size
     B = max(SIDES[-1] ** 2, args.batch_size * grid**2) // side**2 if side else args.batch_size
     for pe in args.pe:
         if ENCODINGS[pe]:
-            yield Layer(pe, args, side or grid, B, head_dim or args.head_dim)
+            yield Layer(pe, args, side or grid, B)
 
 
 class Layer:
     """An encoding with its inputs: positions of a square grid, and q and k in the layout of a ViT's attention."""
 
-    def __init__(self, pe, args, side, batch_size, head_dim):
-        model = vit_of(pe, args, img_size=side, patch_size=1, depth=1, head_dim=head_dim, pool="mean")
+    def __init__(self, pe, args, side, batch_size):
+        model = vit_of(pe, args, img_size=side, patch_size=1, depth=1, pool="mean")
         self.pe, self.rope, self.pos = pe, model.blocks[0].attn.rope, model.positions(side, side)
         if args.compile:
             self.rope.compile(dynamic=False)
         self.autocast = partial(autocast, args)
         dtype = torch.bfloat16 if args.amp else torch.float32
-        qkv = torch.randn(batch_size, side**2, 3, args.heads, head_dim, dtype=dtype, device=args.device)
+        qkv = torch.randn(batch_size, side**2, 3, args.heads, args.head_dim, dtype=dtype, device=args.device)
         self.q, self.k, self.v = (z.requires_grad_() for z in qkv.permute(2, 0, 3, 1, 4))  # (B, H, T, D)
 
     def row(self, what, base):
@@ -433,12 +404,9 @@ def peak_memory(f, args):
 PARTS = {
     "step": partial(beside_none, "training step", training_step),
     "inference": partial(beside_none, "inference", inference_pass),
-    "alone": alone,
     "memory": memory,
-    "tokens": partial(forward_and_backward, sides=SIDES),
-    "head-dim": partial(forward_and_backward, head_dims=HEAD_DIMS),
+    "tokens": tokens,
     "peers": peers,
-    "recipe": recipe,
     "decoding": decoding,
 }
 

@@ -11,7 +11,6 @@ Run folders stay in runs/, so that an interrupted run continues where it stopped
 """
 
 import csv
-import io
 import math
 import shlex
 import subprocess
@@ -68,7 +67,6 @@ SETS = {  # runs (dicts of train.py's flags), most important first; and evaluate
     "table2": (TABLE2, "--sizes --shift 4 16 --shuffle"),
     "table7": (TABLE7, ""),
 }
-TEXT = "pe", "pe-options", "dataset", "pool", "opt", "augment", "compile", "device", "torch", "commit", "command"
 
 
 @one_line_errors
@@ -154,21 +152,12 @@ def read(name):
         return []
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            text = f.read()
-        rows = list(csv.DictReader(io.StringIO(text)))
-        if not rows or not text.endswith("\n"):
-            raise ValueError("rows are missing")
-        for row in rows:
-            numbers = [float(cell) for column, cell in row.items() if column not in TEXT and cell]
-            if not all(map(math.isfinite, numbers)) or not 0 <= float(row.get("accuracy") or -1) <= 100:
-                raise ValueError(f"a row has the accuracy {row.get('accuracy')}, or a number that is not finite")
-            if row.get("pe") not in ENCODINGS:
-                raise ValueError(f"there is no encoding {row.get('pe')}")
-        if len({tuple(row.values()) for row in rows}) < len(rows):
-            raise ValueError("a row appears twice")
-    except ValueError as e:
-        raise UserError(f"{path} is corrupt ({e}): restore it from a copy") from e
-    return rows
+            rows = list(csv.DictReader(f))
+        if rows and all(row["pe"] in ENCODINGS and row["command"] for row in rows):
+            return rows
+    except (KeyError, UnicodeDecodeError):
+        pass
+    raise UserError(f"{path} is corrupt: restore it from a copy")
 
 
 def append(name, row):

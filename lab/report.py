@@ -70,7 +70,7 @@ def mean_and_error(numbers, sign="", like=()):
     """The mean over the seeds and its standard error, or that of samples like it (root mean square); None if empty."""
     if not numbers:
         return None
-    mean = f"{statistics.mean(numbers):{sign}.1f}"
+    mean = f"{statistics.mean(numbers):{sign}z.1f}"  # z: no -0.0
     if len(numbers) == 1:
         return mean
     squared = statistics.mean(statistics.variance(x) / len(x) for x in like or [numbers] if len(x) > 1)

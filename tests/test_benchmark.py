@@ -40,19 +40,15 @@ def test_every_part_has_its_rows_on_file_and_on_screen(capsys):
     assert {part: [(row["what"], row["pe"], row["base"]) for row in rows[part]] for part in PARTS} == {
         "step": [("training step", pe, "none") for pe in vits],
         "inference": [("inference", pe, "none") for pe in vits],
-        "alone": [("encoding, forward", pe, "attention") for pe in ropes] + both_ways,
         "memory": memory + [("encoding, memory", pe, "q and k") for pe in ropes],
         "tokens": both_ways * 4,
-        "head-dim": both_ways * 3,
         "peers": [
             (f"{what}, {mode}", "comrope-ap", "torch.matrix_exp")
             for mode in ("eager", "compiled")
             for what in ("forward", "forward and backward")
         ],
-        "recipe": [("augmentation", "axial", "training step"), ("LAMB", "axial", "fused AdamW")],
     }
     assert {(row["tokens"], row["batch_size"]) for row in rows["tokens"]} == {(64, 64), (256, 16), (1024, 4), (4096, 1)}
-    assert {row["head_dim"] for row in rows["head-dim"]} == {32, 64, 128}
     for row in found["rows"]:
         assert "megabytes" in row or (0 < row["low"] <= row["ratio"] <= row["high"] and row["milliseconds"] > 0)
     none, spherical, _, triplets, exponentials = (row["ratio"] for row in rows["memory"])
@@ -71,7 +67,7 @@ def test_decoding_is_compared_with_plain_pillow():
 def test_defaults_are_all_encodings_and_settings_for_the_device():
     flags = "--device=cpu", "--device=cuda:1 --batch-size=4", "--device=cuda --no-amp"
     cpu, gpu, exact = (benchmark.parse_args(line.split()) for line in flags)
-    assert cpu.parts == PARTS[:6] and cpu.pe == list(ENCODINGS)
+    assert cpu.parts == PARTS[:4] and cpu.pe == list(ENCODINGS)
     assert (cpu.img_size, cpu.batch_size, cpu.amp, cpu.compile) == (32, 32, False, False)
     assert (gpu.img_size, gpu.batch_size, gpu.amp, gpu.compile) == (224, 4, True, True) and not exact.amp
 
@@ -159,14 +155,14 @@ def test_an_encodings_memory_is_in_units_of_q_and_k(monkeypatch, amp, size):
 
 def test_all_is_compiled_and_nothing_falls_back(monkeypatch):
     """Even for more sizes than torch.compile caches versions of a function (here 3)."""
-    compiled, compile_module, parts = set(), torch.nn.Module.compile, PARTS[:6]
+    compiled, compile_module, parts = set(), torch.nn.Module.compile, PARTS[:4]
     backend = {"backend": lambda graph, inputs: compiled.add(part) or graph}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, **options | backend))
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
         for part in parts:
             measured(part, "--compile", "--pe", "axial")
     part = "not compiled"
-    measured("step", "inference", "alone", "memory", "--pe", "axial")
+    measured("step", "inference", "memory", "--pe", "axial")
     assert compiled == set(parts)
 
 
@@ -186,7 +182,7 @@ def test_what_cannot_be_measured_gets_one_line(capsys, monkeypatch):
         ("--device meta cannot be used", "--device=meta"),
         ("--head-dim must be at least", "step", "--pe", "spherical", "--head-dim=2"),
         ("multiple of 4 for peers, not 18", "peers", "--pe", "axial", "--head-dim=18"),
-        ("none ape has nothing to measure in alone", "alone", "--pe", "none", "ape"),
+        ("none ape has nothing to measure in tokens", "tokens", "--pe", "none", "ape"),
         ("--photos", "decoding", "--photos=nowhere"),
     ):
         assert why in complaint(capsys, benchmark.main, *TINY, *flags)

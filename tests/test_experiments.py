@@ -247,30 +247,16 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
         with pytest.raises(UserError, match=f"{name} is corrupt" if name else "without <!-- /bearing --> after it"):
             report.report([path])
         assert path.read_text(encoding="utf-8") == text
-    path.unlink()
-    Path("bearing.csv").write_text("pe,accuracy,command\naxial,high,python\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"bearing.csv is corrupt.* 'high'"):
-        read("bearing")
 
 
 @pytest.mark.parametrize(
-    "damage, says",
-    [
-        (lambda lines: [], "rows are missing"),
-        (lambda lines: lines[:1], "rows are missing"),
-        (lambda lines: [*lines[:2], lines[2][:-9]], "rows are missing"),
-        (lambda lines: [*lines, lines[1]], "twice"),
-        (lambda lines: [line.replace("axial", "axail") for line in lines], "no encoding axail"),
-        (lambda lines: [line.replace("99", "990") for line in lines], "accuracy 990"),
-        (lambda lines: [line.replace("99", "nan") for line in lines], "accuracy nan"),
-    ],
+    "old, new", [("axial", "axail"), ("pe,", "<<<<<<< HEAD\npe,"), (",python", ""), ("99", "\xff")]
 )
-def test_rows_that_cannot_be_right_are_refused(damage, says):
-    for seed in 0, 1:
-        append("bearing", {"pe": "axial", "accuracy": 99, "seed": seed, "command": "python train.py"})
+def test_rows_that_cannot_be_read_are_refused(old, new):
+    append("bearing", {"pe": "axial", "accuracy": 99, "command": "python train.py"})
     path = Path("bearing.csv")
-    path.write_text("".join(damage(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
-    with pytest.raises(UserError, match=f"bearing.csv is corrupt .*{says}"):
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="latin-1")
+    with pytest.raises(UserError, match=r"bearing\.csv is corrupt"):
         read("bearing")
 
 
