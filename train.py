@@ -13,7 +13,6 @@ continues it, also after a crash and with any number of GPUs: on a CPU, to the s
 
 import argparse
 import math
-import signal
 import sys
 import time
 from functools import partial
@@ -50,10 +49,14 @@ FLAGS = {  # whose defaults depend on the data set or --init: type or choices, d
     "pe": (ENCODINGS, "spherical", "position encoding"),
     "epochs": (COUNT, 10, "passes over the training images"),
     "batch_size": (COUNT, 64, "images per step"),
+    "fraction": (number(float, most=1), 1.0, "part of the training images to use; the number of steps stays the same"),
     "augment": (("none", "3", "mix"), "none", "3: DeiT III's 3-Augment; mix: also Mixup or CutMix"),
     "opt": (OPTIMIZERS, "adamw", "optimizer"),
-    "lr": (POSITIVE, None, "peak learning rate; lamb 0.004, adamw 0.001; --init: a tenth, low for another --pe"),
+    "lr": (POSITIVE, None, "peak learning rate; lamb 0.004, adamw 0.001; --init: a tenth, too low for a new --pe"),
     "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
+    "weight_decay": (NOT_NEGATIVE, 0.05, "of linear layers"),
+    "jitter": (NOT_NEGATIVE, 0.0, "s.d. of an offset of each patch, in patches"),
+    "shift": (NOT_NEGATIVE, 0.0, "s.d. of an offset of all tokens, in patches"),
     "patch_size": (COUNT, 4, "patch size in pixels"),
     "depth": (COUNT, 2, "blocks"),
     "heads": (COUNT, 4, "attention heads"),
@@ -74,13 +77,13 @@ CIFAR100 = {"epochs": 400, "batch_size": 1024, "augment": "mix", "head_dim": 60,
 IMAGENET = {"epochs": 200, "batch_size": 512, "augment": "3", "head_dim": 64, "patch_size": 16}
 RECIPES = {
     "cifar100": DEIT_III | CIFAR100,
-    "imagenet": DEIT_III | IMAGENET | {"img_size": 224, "workers": 8, "skip_corrupt": False},
+    "imagenet": DEIT_III | IMAGENET | {"img_size": 224, "workers": 8},
     "bearing": {"lr": 2e-3},
     "bearing-corner": {"lr": 2e-3},
 }
 DATA_FLAGS = "batch_size", "seed", "fraction", "augment"
 FOLDER_FLAGS = "img_size", "limit_classes", "workers", "skip_corrupt"  # for data sets whose class takes them
-VIT_FLAGS = "patch_size", "depth", "head_dim", "pool", "pos_unit", "pos_scale", "ape", "dropout", "drop_path"
+VIT_FLAGS = "pe", "patch_size", "depth", "head_dim", "pool", "pos_unit", "pos_scale", "ape", "dropout", "drop_path"
 FREE_TO_CHANGE = "data_dir", "device", "out", "resume", "compile", "amp", "workers", "skip_corrupt", "micro_batch"
 CHECKPOINT_SECONDS = 60  # the most work that a killed run loses
 SHOW_SECONDS = 0.5  # between progress-bar updates, because reading the loss waits for the GPU
@@ -99,12 +102,7 @@ def parse_args(argv=None):
     add("--init", type=Path, help="start from the model in a run's folder or a file (see lab.pretrained), of any --pe")
     add("--data-dir", type=folder, default=Path("data"), help="folder of the data sets and downloads (%(default)s)")
     add("--skip-corrupt", action="store_const", const=True, help="imagenet: skip images that cannot be read")
-    add("--fraction", type=number(float, most=1), default=1.0, help="part of the training images; steps stay the same")
-    add("--eval-size", type=COUNT, help="side of the test images in pixels, if different")
     add("--micro-batch", type=COUNT, help="images per forward pass and process (the per-rank batch)")
-    add("--weight-decay", type=NOT_NEGATIVE, default=0.05, help="of linear layers (%(default)s)")
-    add("--jitter", type=NOT_NEGATIVE, default=0.0, help="s.d. of an offset of each patch, in patches (%(default)s)")
-    add("--shift", type=NOT_NEGATIVE, default=0.0, help="s.d. of an offset of all tokens, in patches (%(default)s)")
     add("--ape", action=argparse.BooleanOptionalAction, help="add a learned absolute embedding (no)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (on CUDA only)")
     for name, (kind, default, what) in FLAGS.items():
@@ -131,8 +129,6 @@ def parse_args(argv=None):
     args.pe_options = parse_options(args.pe_options, args.pe, ENCODINGS[args.pe])
     if (args.jitter or args.shift) and ENCODINGS[args.pe] is None:
         parser.error(f"--pe {args.pe} has no positions to move: leave --jitter and --shift out")
-    if args.eval_size and args.eval_size % args.patch_size:
-        parser.error(f"--eval-size must be a multiple of --patch-size {args.patch_size}, not {args.eval_size}")
     return args
 
 
@@ -151,9 +147,7 @@ def train(args):
         print(f"{args.dataset} is slow without a GPU: --dataset bearing takes a minute or two on a CPU.")
 
     # The data: held on the device, except ImageNet, which worker processes read
-    data_options = {
-        name: getattr(args, name) for name in (*DATA_FLAGS, *FOLDER_FLAGS) if getattr(args, name) is not None
-    }
+    data_options = {name: x for name in DATA_FLAGS + FOLDER_FLAGS if (x := getattr(args, name)) is not None}
     data = DATASETS[args.dataset](args.data_dir, device=device, rank=RANK, world_size=WORLD_SIZE, **data_options).load()
     steps_per_epoch = max(1, data.train_size // args.batch_size)
     micro_batch = args.micro_batch or data.rank_batch_size
@@ -163,15 +157,9 @@ def train(args):
 
     # The model and its optimizer
     reseed(args.seed, 0)
-    vit_options = {
-        "pe": args.pe,
-        "img_size": data.img_size,
-        "num_classes": int(data.num_classes),
-        "num_heads": args.heads,
-        "layer_scale": args.layer_scale or None,
-        **{name: getattr(args, name) for name in VIT_FLAGS},
-        **args.pe_options,
-    }
+    vit_options = {name: getattr(args, name) for name in VIT_FLAGS} | args.pe_options
+    vit_options |= {"num_heads": args.heads, "layer_scale": args.layer_scale or None}
+    vit_options |= {"img_size": data.img_size, "num_classes": int(data.num_classes)}
     if args.init:  # whose img_size is the one that positions refer to, also for images of another size
         start, weights = read_weights(args.out if args.resume else args.init, args.heads)
         vit_options |= {name: start[name] for name in ("img_size", "mlp_ratio") if name in start}
@@ -260,14 +248,14 @@ def train(args):
                 # The end of the epoch: test, and add a row to the log
                 loss, correct = epoch_means(state)
                 state["seconds"] += time.perf_counter() - start  # waiting for the GPU to finish training
-                test_accuracy = accuracy(model, stop.until(data.test_batches(img_size=args.eval_size)), args.amp)
+                test_accuracy = accuracy(model, stop.until(data.test_batches()), args.amp)
                 if stop.asked():
                     continue
                 if math.isnan(test_accuracy):
                     raise UserError("no test image could be read: check --data-dir")
                 row = {
                     "epoch": epoch + 1,
-                    "lr": learning_rate(args, args.lr, step - 1, steps_per_epoch),
+                    "lr": optimizer.param_groups[0]["lr"],
                     "train_loss": round(loss, 4),
                     "train_accuracy": round(100 * correct, 2),
                     "test_accuracy": round(test_accuracy, 2),
@@ -290,7 +278,7 @@ def train(args):
             again = about["command"] + " --resume" * (not args.resume)
             print(f"Stopped after step {state['step']}. To continue: {again}", file=sys.stderr)
         cleanup()
-        return 128 + (stop.signal or signal.SIGINT)
+        return 128 + stop.signal
 
     # The result
     result = config | {

@@ -68,7 +68,7 @@ def parse_options(words, pe, make):
             value = text
         like = known[name]
         if like is not None and type(value) is not type(like) and (type(like), type(value)) != (float, int):
-            raise UserError(f"--pe-options {name} must be like {like}, not {text!r}")
+            raise UserError(f"--pe-options {name} must be of type {type(like).__name__}, such as {like}, not {text!r}")
         options[name] = value
     return options
 

@@ -57,7 +57,7 @@ class Dataset:
     corrupt = frozenset()  # files that could not be read
     fingerprint = ""  # of what was found in a folder: number of images and classes, and a checksum of their names
 
-    def __init__(self, root, *, batch_size, seed=0, fraction=1.0, augment="none", device="cpu", rank=0, world_size=1):
+    def __init__(self, root, *, batch_size=1, seed=0, fraction=1.0, augment="none", device="cpu", rank=0, world_size=1):
         if batch_size % world_size:
             raise UserError(f"{world_size} processes cannot share {batch_size} images equally: change --batch-size")
         self.root, self.batch_size, self.seed, self.fraction = Path(root), batch_size, seed, fraction

@@ -125,7 +125,9 @@ class Stop:
         self.signal = number
 
     def asked(self):
-        return all_reduce_sum(torch.tensor(self.signal)).item() > 0
+        of_all = all_reduce_sum(torch.tensor(self.signal)).item()
+        self.signal = self.signal or min(of_all, signal.SIGINT)  # a rank that got none stops as by Ctrl-C
+        return of_all > 0
 
     def until(self, batches):
         """The batches until a signal reaches this rank."""

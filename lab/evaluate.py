@@ -14,10 +14,10 @@ Equivariant encodings ignore a shift of all positions (Yu et al. 2025, figure 5)
 of reference, stays behind. The accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al.
 2024, table 5).
 
---regions also counts answers that take left for right, in the lower left quarter. And where the run learned, it moves
-all positions ("all moved"): by half an image to the right and down, and by one and two patches down; the border stays
-where it is. Last, it moves the class token alone ("token moved"), as far as the squares: from the upper left quarter to
-the lower right one.
+--regions tests bearing in each quarter. In the lower left one it also counts the answers that would be right in a
+mirror ("left for right"). On the run's own test set it moves all positions ("all moved"), so that the border stays
+where it is: half an image to the right; half an image, one patch or two patches down. And it moves the class token
+alone ("token moved"), as far as the squares move from the upper left quarter to the lower right one.
 
 A model for ImageNet-1k (lab.pretrained) takes a folder of any of its classes, named as ImageNet's are: n01440764 ...
 Its answer is one of all 1000.
@@ -98,7 +98,7 @@ def evaluate(run, args):
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_of_run(path, config).get("accuracies", {})
-    size = config.get("eval_size") or data.img_size
+    size = data.img_size
     for name, found in evaluations(model, data, labels, size, config["seed"], args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")

@@ -220,7 +220,7 @@ def chosen(names):
         if not ENCODINGS.get(name):
             known = ", ".join(name for name, make in ENCODINGS.items() if make)
             raise UserError(f"--pe {name} is no rotary encoding: choose from {known}")
-    with user_errors(ValueError):
+    with user_errors(()):
         ropes = encodings(HEAD_DIM)
     return {n: rope for n, rope in ropes.items() if (n.partition(",")[0] in names if names else n != "liere")}
 
@@ -230,7 +230,7 @@ def trained(figure, args):
     saved, model = read_run(args.run)
     config, data = saved["config"], DATASETS[saved["config"]["dataset"]]  # a class has all that an image needs
     mean, std = torch.tensor([data.mean, data.std]).view(2, 3, 1, 1)
-    size = config["eval_size"] or saved["data"].get("img_size") or saved["vit"]["img_size"]
+    size = saved["data"].get("img_size") or data.img_size
     if args.data_dir or not args.image:
         data = test_set(data, args.data_dir or Path("data"), saved["data"])
         labels = class_labels(args.run, data, config["data_set"]).tolist()

@@ -355,6 +355,7 @@ def what_is_known(folder):
     name = ", ".join([config["pe"], *(f"{option} = {value}" for option, value in config["pe_options"].items())])
     result, evaluation = (read_of_run(folder / name, config) for name in ("result.json", "evaluation.json"))
     found = {"result": result, "evaluation": evaluation.get("accuracies", {})}
+    found["img_size"] = saved["data"].get("img_size") or saved["vit"]["img_size"]
     return SimpleNamespace(folder=folder, name=name, config=config, log=saved["log"], model=model, **found)
 
 
@@ -440,9 +441,8 @@ def curves(runs):
 
 def sizes(runs):
     """Test accuracy by image size, at the same patch size (figure 3)."""
-    model = runs[0].model
-    trained = model.grid * model.patch_embed.proj.stride[0]
-    if found := by_name(runs, lambda run: evaluated(run, "size", int, run.config.get("eval_size") or trained)):
+    trained = runs[0].img_size
+    if found := by_name(runs, lambda run: evaluated(run, "size", int, run.img_size)):
         size, first = best(found)
         title = f"Best at {size} pixels: {ranked(first)}"
         figure, [axes] = lines(title, ("side of the test images in pixels; line: of the training images", found))

@@ -33,9 +33,10 @@ def atomic_write(path):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Create the folder and lock it in this block: others get a UserError, as rank 0 locks it for all, or they wait.
+    """Create the folder, and hold its lock in this block: another process gets a UserError, or waits if wait is true.
 
-    The lock ends with its process, even if that is killed. Windows and some file systems have no locks.
+    Rank 0 locks for all ranks. A lock ends with its process, even if that is killed. Windows and some file systems have
+    none.
     """
     if RANK and not wait:
         yield

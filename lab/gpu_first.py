@@ -79,12 +79,14 @@ def resume(deadline):
     """3. A run that is stopped and resumed. Expect: "Stopped after step", then 95 to 100 %. Report: anything else."""
     out = Path("runs/gpu-first-resume")
     script = [ROOT / "train.py", "--dataset=bearing", "--pe=spherical", f"--out={out}"]
-    if not out.exists():
+    if not (out / "last.pt").exists():
         process = subprocess.Popen([sys.executable, *script])
-        while process.poll() is None and not (out / "log.csv").exists():
-            time.sleep(0.1)
-        process.terminate()
-        process.wait()
+        try:
+            while process.poll() is None and not (out / "log.csv").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            process.terminate()
+            process.wait()
     call([*script, "--resume"], deadline)
 
 

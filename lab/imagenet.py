@@ -67,19 +67,8 @@ class ImageNet(Dataset):
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(
-        self,
-        root,
-        *,
-        batch_size=512,
-        augment="3",
-        img_size=224,
-        workers=8,
-        limit_classes=None,
-        skip_corrupt=False,
-        **options,
-    ):
-        super().__init__(root, batch_size=batch_size, augment=augment, **options)
+    def __init__(self, root, *, img_size=224, workers=8, limit_classes=None, skip_corrupt=False, **options):
+        super().__init__(root, **options)
         train, val = Path(root, "train"), Path(root, "val")
         classes = find_classes(train, val, limit_classes)
         (files, labels, left_out), (tests, test_labels, more) = (
@@ -93,7 +82,7 @@ class ImageNet(Dataset):
         self.class_names = [known.get(name, name) for name in classes]
         names = zlib.crc32(b"/".join([*map(os.fsencode, classes), *files, *tests]))
         self.fingerprint = f"{len(files)} + {len(tests)} images of {len(classes)} classes (names: {names:08x})"
-        self.train = Reader(train, files[part], labels[part], img_size, augment != "none", skip_corrupt)
+        self.train = Reader(train, files[part], labels[part], img_size, self.augment != "none", skip_corrupt)
         self.test = Reader(val, tests, test_labels, img_size, False, skip_corrupt)
         self.workers = workers
         self.batches, self.next_step, self.corrupt = None, None, set()

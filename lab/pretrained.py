@@ -42,7 +42,7 @@ def main(argv=None):
     model.load_state_dict(weights)
     with locked(args.out):
         check_folder(args.out, resume=False)
-        config = {"pe": vit["pe"], "pe_options": {}, "dataset": "imagenet", "seed": 0, "epochs": 0, "eval_size": None}
+        config = {"pe": vit["pe"], "pe_options": {}, "dataset": "imagenet", "seed": 0, "epochs": 0}
         classes = IMAGENET_1K if vit["num_classes"] == 1000 else f"{vit['num_classes']} classes that are not known here"
         config |= {"init": args.file, "data_set": classes}
         state = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "step": 0, "log": []}

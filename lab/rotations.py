@@ -7,6 +7,7 @@ import torch
 from comrope import ComRoPE
 from liere import LieRE
 from rope_axial import AxialRoPE
+from rope_mixed import MixedRoPE
 from rope_spherical import SphericalRoPE
 from vit import ENCODINGS
 
@@ -102,4 +103,4 @@ def frequencies(rope):
         return torch.stack([torch.block_diag(*w) for w in rope.frequencies()[:, :, None].unbind()])
     if isinstance(rope, SphericalRoPE):
         return rope.frequencies().clone()
-    return rope.freqs.clone() if hasattr(rope, "freqs") else None
+    return rope.freqs.clone() if isinstance(rope, MixedRoPE) else None

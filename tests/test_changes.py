@@ -326,8 +326,9 @@ def test_a_data_set_is_a_class_and_a_line(monkeypatch, capsys):
 
 def test_a_recipe_is_shown_and_its_misspelt_flag_named(monkeypatch, capsys):
     monkeypatch.setitem(DATASETS, "squares", Squares)
-    monkeypatch.setitem(train.RECIPES, "squares", {"epochs": 77})
-    assert train.parse_args(["--dataset=squares"]).epochs == 77
+    monkeypatch.setitem(train.RECIPES, "squares", {"epochs": 77, "weight_decay": 0.3, "jitter": 0.5})
+    args = train.parse_args(["--dataset=squares"])
+    assert (args.epochs, args.weight_decay, args.jitter, args.shift) == (77, 0.3, 0.5, 0)
     with pytest.raises(SystemExit):
         train.main(["--help"])
     assert "squares 77" in " ".join(capsys.readouterr().out.split())

@@ -180,7 +180,7 @@ def test_every_script_refuses_a_checkpoint_that_lacks_a_part(part, capsys):
 def test_runs_of_an_older_version_are_evaluated_or_say_what_has_changed(capsys):
     trained("axial")
     saved = weights("run")
-    del saved["config"]["eval_size"]
+    del saved["config"]["shift"]
     torch.save(saved, "run/last.pt")
     assert evaluated("--sizes", "24") and figures.sizes(figures.read_runs([Path("run")]))
     of_data, of_model = "does not fit its data set, which has changed", "does not fit the model, which has changed"
@@ -217,15 +217,6 @@ def test_answers_that_take_left_for_right_are_counted(monkeypatch):
     trained("none")
     monkeypatch.setattr(ViT, "forward", lambda model, images, pos=None: F.one_hot(answers, 8))
     assert evaluated("--regions")["left for right"] == {"lower left": 100}
-
-
-def test_a_run_is_tested_and_evaluated_at_its_eval_size(given):
-    make_imagenet("in")
-    sizes = "--img-size=32", "--patch-size=16", "--eval-size=64"
-    trained("spherical", "--dataset=imagenet", "--data-dir=in", "--workers=0", *sizes)
-    found = evaluated("--data-dir=in", "--shuffle")
-    assert {(training, images.shape[-1]) for training, images, _ in given} == {(True, 32), (False, 64)}
-    assert found["test"]["test"] == weights("run")["log"][-1]["test_accuracy"]
 
 
 def test_an_evaluation_may_use_fewer_workers_than_the_run(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """lab.explore: mouse and keys do what the window says, and what it shows is what encodings and models compute."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ from PIL import Image
 
 from lab import explore
 from lab.data import CIFAR100, Bearing
+from lab.errors import UserError
 from lab.explore import HEAD_DIM, PATCH, Encodings, chosen
 from lab.imagenet import imagenet_classes
 from lab.pictures import SKY
@@ -145,6 +147,9 @@ def test_all_encodings_are_shown_unless_some_are_named(monkeypatch):
     names = {name.partition(",")[0] for name in chosen(None)}
     assert names == {name for name, make in ENCODINGS.items() if make}
     assert list(chosen(["spherical", "mixed"])) == ["mixed", "spherical"] and len(chosen(["liere"])) == 2
+    monkeypatch.setitem(ENCODINGS, "sixth", partial(ENCODINGS["comrope-ap"], block_size=32))
+    with pytest.raises(UserError, match="block_size must be a whole number from 2 to head_dim = 24"):
+        chosen(None)
 
 
 # A trained model

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_frequencies_are_how_fast_groups_turn(pe):
         turned = turned.sort(descending=True).values[:, : 2 * w.shape[-1] : 2]
         close(turned, torch.einsum("m,hmg->hg", p, w).abs().sort(descending=True).values.expand_as(turned))
     assert frequencies(ENCODINGS["liere"](24, 2)) is None
+    assert frequencies(SimpleNamespace(freqs=torch.ones(2, 12))) is None  # of an encoding that is not known here
 
 
 def test_no_two_encodings_look_alike(monkeypatch):

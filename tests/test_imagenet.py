@@ -71,7 +71,7 @@ def numbers(images):
 
 
 def make(root, **options):
-    return ImageNet(root, **{"batch_size": 6, "img_size": 16, "workers": 0} | options)
+    return ImageNet(root, **{"batch_size": 6, "augment": "3", "img_size": 16, "workers": 0} | options)
 
 
 def smooth(width, height):
