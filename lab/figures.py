@@ -301,7 +301,7 @@ def bearing_control():
             series.setdefault(name, []).append([float(row[f"region {it}"]) for it in ("upper right", "lower left")])
     if not series:
         return None
-    title = "On average, Spherical RoPE, which ignores shifts along x,\ncarries over to the right, but hardly downwards"
+    title = "On average, Spherical RoPE, which ignores shifts along x,\ncarries over far better to the right than down"
     figure = titled(title, 5.4, width=6)
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color=PALE, linewidth=1, zorder=0)

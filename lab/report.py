@@ -87,8 +87,16 @@ def differences(of, to):
 
 
 def measured(name, column="accuracy", **flags):
-    """A function cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its standard error."""
-    return lambda pe: mean_and_error(values(name, column, pe=pe, **flags))
+    """A function cell(pe): the mean over seeds of a column of lab/results/<name>.csv, and its standard error.
+
+    And the number of runs, if some lack the column.
+    """
+
+    def cell(pe):
+        numbers, runs = values(name, column, pe=pe, **flags), values(name, pe=pe, **flags)
+        return numbers and mean_and_error(numbers) + f" (n = {len(numbers)})" * (len(numbers) < len(runs))
+
+    return cell
 
 
 def minus(name, other, pooled=False):

@@ -159,6 +159,8 @@ def test_tables_show_mean_error_and_seeds_of_what_was_measured(monkeypatch):
     start = "| `--pe` | published: 2025 | 50 epochs | seeds |\n| --- | --- | --- | --- |\n"
     assert table("table2") == start + "| `ape` | 64.2 | 80.0 | 1 |\n| `axial` | - | 71.3 ± 0.9 | 3 |\n"
     assert cells("figure3") == (["24 px", "seeds"], {"ape": ["7.0", "1"], "axial": ["-", "3"]})
+    append("table2", {"pe": "ape", "seed": 1, "epochs": 50, "accuracy": 80, "command": "python"})
+    assert cells("figure3")[1]["ape"] == ["7.0 (n = 1)", "2"]
 
 
 def test_differences_are_taken_between_runs_with_the_same_seed():
