@@ -98,8 +98,7 @@ def evaluate(run, args):
     about = "{pe} on {dataset}, seed {seed}, epoch {epoch} of {epochs}".format(epoch=len(saved["log"]), **config)
     print(f"{run}: {about}", flush=True)
     results = read_of_run(path, config).get("accuracies", {})
-    size = data.img_size
-    for name, found in evaluations(model, data, labels, size, config["seed"], args):
+    for name, found in evaluations(model, data, labels, config["seed"], args):
         if any(map(math.isnan, found.values())):
             raise UserError(f"no test image in {args.data_dir} could be read: fix the files")
         results[name] = results.get(name, {}) | {key: round(value, 2) for key, value in found.items()}
@@ -122,21 +121,22 @@ def class_labels(run, data, trained_on):
     return torch.arange(data.num_classes)
 
 
-def evaluations(model, data, labels, size, seed, args):
+def evaluations(model, data, labels, seed, args):
     """Yield each kind of evaluation: its name and a dict of accuracies (%).
 
-    labels: the model's, for each class of the data; size: side of the test images in pixels; seed: of what is drawn
+    labels: the model's, for each class of the data; seed: of what is drawn
     """
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
+    grid = data.img_size // patch  # patches per side
 
     def test(pos=lambda n: None, change=lambda images: images, answers=labels, **which):
         torch.manual_seed(seed)
-        batches = ((change(images), answers[i]) for images, i in data.test_batches(**{"img_size": size} | which))
+        batches = ((change(images), answers[i]) for images, i in data.test_batches(**which))
         return accuracy(model, batches, args.amp, pos)
 
     def shifted(rho, first=0):
         def pos(n):
-            pos = model.positions(size // patch, size // patch).repeat(n, 1, 1)
+            pos = model.positions(grid, grid).repeat(n, 1, 1)
             offsets = torch.randn(n, 1, 2, device=pos.device)[torch.arange(n) // 5]  # LieRE pays for each
             pos[:, first:] += rho * model.spacing * offsets
             return pos
@@ -144,7 +144,7 @@ def evaluations(model, data, labels, size, seed, args):
         return test(pos, batch_size=50)
 
     def moved(tokens, *offset):  # x, y in patches
-        pos = model.positions(size // patch, size // patch)
+        pos = model.positions(grid, grid)
         pos[tokens] += model.spacing * pos.new_tensor(offset)
         return lambda n: pos
 
@@ -159,7 +159,7 @@ def evaluations(model, data, labels, size, seed, args):
     if args.shuffle:
         yield "patches", {"shuffled": test(change=lambda images: shuffled(images, patch))}
     if args.regions and isinstance(data, Bearing):
-        half = data.img_size // patch / 2
+        half = grid / 2
         yield "region", {region: test(region=region) for region in REGIONS}
         left_for_right = (4 - labels) % 8  # labels count eighths of a turn from "right"
         yield "left for right", {"lower left": test(answers=left_for_right, region="lower left")}
