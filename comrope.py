@@ -8,7 +8,7 @@ replaces J with a larger, learned skew-symmetric matrix B, which turns a block o
     rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
+In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
 
 A token at p = (x, y) has each block of b = block_size channels of its query and its key multiplied by exp(c B):
 
@@ -23,7 +23,7 @@ The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
     the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', the paper's RoPE Equation: multiples of one matrix
+    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', their RoPE Equation: multiples of one matrix
                          commute, and so scores ignore a shift of all positions
     oblique              ld: a block can respond to a direction that is not along an axis; ap: it knows one axis only
 
@@ -39,7 +39,7 @@ Parameters are blocks, P (num_heads, D // b, b, b) from N(0, 1 / (2 pi)^2), and 
 both from weight decay. pos_dim=M gives M axes, of which block j of ap has axis j mod M. To fine-tune a model that was
 trained without ComRoPE, start with R = I: rope.blocks.data.zero_().
 
-The backward pass needs all steps of one exponential per axis and distinct |coordinate| (compiled: per token);
+The backward pass keeps all steps of one exponential per axis and distinct |coordinate| (compiled: per token);
 torch.utils.checkpoint trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless
 you set torch._functorch.config.backward_pass_autocast = "off".
 

@@ -8,7 +8,7 @@ a larger skew-symmetric matrix, whose exponential turns many channels at once: a
     rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)      # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
+In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
 
 A token at p = (x, y) has its query and its key multiplied by
 
@@ -32,7 +32,7 @@ dimension, that is always so (van de Geijn et al. 2025, propositions 1 and 2, ar
 generators, the entries of U row by row, drawn from U[0, 1), in radians per unit of position. Exempt it from weight
 decay. pos_dim=M gives M axes.
 
-The backward pass needs all steps of one exponential per distinct +-p (compiled: per token); torch.utils.checkpoint
+The backward pass keeps all steps of one exponential per distinct +-p (compiled: per token); torch.utils.checkpoint
 trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless you set
 torch._functorch.config.backward_pass_autocast = "off".
 

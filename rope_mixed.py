@@ -8,7 +8,7 @@ position is a vector p = (x, y), as is each frequency w: the angle becomes w . p
     rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
+In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
 
 A token at p has its query and its key multiplied by
 

@@ -2,14 +2,14 @@
 
 RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. Here each triplet
 turns twice: its last two channels with y, then its first two with x. The turns share a channel, so their order matters,
-and equivariance is lost. It is Mixed RoPE's counterpart without it, made to test whether vision needs equivariance.
+and equivariance is lost. It was made to test whether vision needs equivariance, beside Mixed RoPE, which has it.
 
     x = torch.linspace(-torch.pi, torch.pi, 14)       # a training image of 14 x 14 patches: [-pi, pi] on each axis
     pos = torch.cartesian_prod(x, x).flip(-1)         # (T, 2): x, y of each patch, row by row
     rope = SphericalRoPE(head_dim=64, num_heads=6)    # one for each attention layer
     q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
 
-In other images, P x P patches span [-P/14 pi, P/14 pi], as in the paper: slightly closer together if P is larger.
+In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
 
 A token at p = (x, y) has its query and its key multiplied by
 
@@ -133,6 +133,9 @@ def turn(x, table):
         a, b, c = ab.real, ab.imag, bc.imag
     triplets = torch.stack([a, b, c], dim=-1).flatten(-2).type_as(x)
     return triplets if free is None else torch.cat([triplets, free], dim=-1)
+
+
+# What makes it safe
 
 
 def check(rope, pos, *tensors):

@@ -8,7 +8,7 @@
 
 A run writes config.json, log.csv (one row per epoch), curves.png, last.pt and finally result.json to
 runs/<dataset>-<pe>-s<seed>/. Ctrl-C or SIGTERM stops it after the current step. The same command with --resume
-continues it, also after a crash and with any number of GPUs: on a CPU, to the same result, bit for bit.
+continues it, also after a crash, and with any number of GPUs. On a CPU, the result is the same, bit for bit.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def train(args):
     optimizer = make_optimizer(args, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
 
-    # What a run is: all of this is saved, and given back by --resume
+    # The whole run: all of this is saved, and given back by --resume
     state = {"model": model, "optimizer": optimizer, "step": 0, "seconds": 0.0, "log": []}
     state["totals"] = torch.zeros(4, device=device)  # this epoch's sums of steps, loss, correct and gradient norm
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}

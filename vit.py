@@ -52,8 +52,8 @@ class ViT(nn.Module):
     """A ViT of width num_heads * head_dim. Its default sizes are those of van de Geijn et al. 2025 for CIFAR-100.
 
     pe            a name in ENCODINGS; pe_options go to that encoding's constructor
-    img_size      side of the training images in pixels, which sets the scale of positions: keep it when loading weights
-                  for other sizes; forward takes any sides that are multiples of patch_size
+    img_size      side of the training images in pixels, which sets the scale of positions: keep it to test at other
+                  sizes; forward takes any sides that are multiples of patch_size
     pool          "cls": the head reads the class token; "mean": the mean of all patches, without a class token
     dropout       rate, after the position embedding, the attention projection and both MLP layers
     drop_path     stochastic depth: rate of dropping a residual branch, the same in all blocks, as in DeiT III

@@ -5,7 +5,7 @@
     python -m lab.evaluate runs/* --shift          # all positions shifted by a random offset; or --shift 1 4 (patches)
     python -m lab.evaluate runs/* --patch-shift    # the same, but the class token stays at 0
     python -m lab.evaluate runs/* --shuffle        # the patches of each image in random order
-    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter of the image, and below
+    python -m lab.evaluate runs/* --regions        # bearing: both squares in one quarter; see below
 
 Prints accuracies (%) and saves them in each run's evaluation.json.
 
@@ -15,9 +15,9 @@ of reference, stays behind. The accuracy lost to shuffling shows how much a mode
 2024, table 5).
 
 --regions tests bearing in each quarter. In the lower left one it also counts the answers that would be right in a
-mirror ("left for right"). On the run's own test set it moves all positions ("all moved"), so that the border stays
-where it is: half an image to the right; half an image, one patch or two patches down. And it moves the class token
-alone ("token moved"), as far as the squares move from the upper left quarter to the lower right one.
+mirror ("left for right"). On the run's own test set it moves all positions ("all moved"), and not the squares, so that
+the border stays where it is: half an image to the right; half an image, one patch or two patches down. In the lower
+right quarter it moves the class token alone ("token moved"), as far as the squares are from the upper left one.
 
 A model for ImageNet-1k (lab.pretrained) takes a folder of any of its classes, named as ImageNet's are: n01440764 ...
 Its answer is one of all 1000.

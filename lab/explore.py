@@ -1,12 +1,12 @@
 """Explore with the mouse how encodings score keys, and where a trained model attends.
 
-    python -m lab.explore                          # all encodings at initialisation: drag the query in any map
+    python -m lab.explore                          # encodings at initialisation: drag the query in any map
     python -m lab.explore --pe mixed spherical     # these alone: rotary names in vit.ENCODINGS
     python -m lab.explore RUN                      # a trained model on its test images: click a patch
     python -m lab.explore RUN --image FILE         # on an image of your own
     python -m lab.explore --save FILE.png          # any of these without a window
 
-Sliders shift all positions. Keys are listed on the window.
+Sliders shift all positions. The window lists its shortcuts.
 """
 
 import math
@@ -59,7 +59,7 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", type=folder, metavar="RUN", help="folder that train.py or lab.pretrained has written")
-    add("--pe", nargs="+", help="rotary encodings to show (all)")
+    add("--pe", nargs="+", help="rotary encodings to show (all, LieRE in blocks of 8)")
     add("--image", type=Path, metavar="FILE", help="an image to look at instead of the test set")
     add("--data-dir", type=folder, help="folder of the data sets and downloads (data)")
     add("--save", type=Path, metavar="FILE.png", help="write what the window would show")
@@ -90,7 +90,7 @@ def save(figure, path=None):
 
 
 class Page:
-    """Maps in which the mouse moves a query, sliders and keys.
+    """Maps in which the mouse moves a query, with sliders and shortcuts.
 
     A subclass has maps, show(), which draws what is chosen, and compute(), which a slider calls and which calls show().
     """

@@ -2,10 +2,10 @@
 
     python -m lab.gpu_first --minutes 15
 
-Five steps, of which none needs the one before: the tests that need a GPU; two epochs of each encoding with the paper's
+Five independent steps: the tests that need a GPU; two epochs of each encoding with the paper's
 CIFAR-100 recipe (96 steps, compiled, in bfloat16); a run that is stopped and resumed; what an encoding costs; and, with
 the time that is left, the runs of lab.experiments table2. Each step says what to expect and what to report. CIFAR-100
-is downloaded to data/. The same command continues what it had to leave.
+is downloaded to data/. Run it again to continue where it stopped. (The tests need requirements-dev.txt.)
 """
 
 import math
@@ -76,7 +76,7 @@ def encodings(deadline):
 
 
 def resume(deadline):
-    """3. A run that is stopped and resumed. Expect: "Stopped after step", then 95 to 100 %. Report: anything else."""
+    """3. A run that is stopped and resumed. Expect: "Stopped after step", then 94 to 100 %. Report: anything else."""
     out = Path("runs/gpu-first-resume")
     script = [ROOT / "train.py", "--dataset=bearing", "--pe=spherical", f"--out={out}"]
     if not (out / "last.pt").exists():
@@ -91,7 +91,7 @@ def resume(deadline):
 
 
 def cost(deadline):
-    """4. What an encoding costs a ViT-S at 224 pixels. Expect: at most 1.2 times the time of none, LieRE 3.5 times.
+    """4. What an encoding costs a ViT-S at 224 pixels. Expect, compiled: at most 1.2 times the time of none, LieRE 3.5.
 
     Report: lab/results/benchmark-cuda.json.
     """

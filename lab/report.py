@@ -240,17 +240,23 @@ def peers():
 
 def frequencies():
     """Accuracies in the corners and everywhere, for encodings with one frequency or a range of them."""
-    lines, name, places = [], "bearing-frequencies", ("upper left", "lower right", "everywhere")
+    lines, name = [], "bearing-frequencies"
+    columns = {
+        "where it learned": "region upper left",
+        "opposite corner": "region lower right",
+        "everywhere": "region everywhere",
+        "lower left, left for right": "left for right lower left",
+    }
     for pe, (theta, scale) in itertools.product(("axial", "spherical"), RANGES):
         flags = {"pe-options": f"theta={theta}", "pos-scale": scale}
-        found = [values(name, f"region {place}", pe=pe, **flags) for place in places]
+        found = [values(name, column, pe=pe, **flags) for column in columns.values()]
         if found[0]:
             both = ((name, "region lower right", flags | {"pe": of}) for of in (pe, "axial"))
             change = mean_and_error(differences(*both), "+") if pe != "axial" else None
-            cells = [*map(mean_and_error, found), change or "", str(len(found[0]))]
+            cells = [*(mean_and_error(numbers) or "-" for numbers in found), change or "", str(len(found[0]))]
             lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells])
-    places = "where it learned", "opposite corner", "everywhere", "opposite corner, minus `axial`"
-    return [["`--pe`", "frequencies (period in patches)", *places, "seeds"], *lines]
+    titles = *columns, "opposite corner, minus `axial`", "seeds"
+    return [["`--pe`", "frequencies (period in patches)", *titles], *lines]
 
 
 def frequency_range(pe, theta, scale):

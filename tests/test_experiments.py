@@ -209,12 +209,11 @@ def test_training_under_shifts_is_compared_with_the_usual():
 def test_frequencies_and_peers_have_a_row_for_what_was_measured():
     flags = {"pe": "axial", "pe-options": "theta=10", "pos-scale": 1, "accuracy": 99, "command": "python"}
     places = {"region upper left": 90, "region lower right": 50, "region everywhere": 60}
-    for options in {}, {"pe-options": "theta=1", "pos-scale": 0.875}:
-        append("bearing-frequencies", flags | options | places)
+    for options in {}, {"pe-options": "theta=1", "pos-scale": 0.875, "left for right lower left": 9}:
+        append("bearing-frequencies", flags | places | options)
     single, several = table("frequencies").splitlines()[2:]
-    assert single == "| `axial` | 0.875 (8) | 90.0 | 50.0 | 60.0 |  | 1 |" and several.startswith(
-        "| `axial` | 0.38 to 1 |"
-    )
+    assert single == "| `axial` | 0.875 (8) | 90.0 | 50.0 | 60.0 | 9.0 |  | 1 |"
+    assert several == "| `axial` | 0.38 to 1 | 90.0 | 50.0 | 60.0 | - |  | 1 |"
     rows = [{"what": what, "pe": "axial", "base": "timm", "ratio": x} for what, x in (("forward", 0.5), ("both", 2))]
     write_json(Path("peers-cpu.json"), {"rows": rows})
     assert table("peers").splitlines()[0] == "| `--pe` | beside | forward | both |"
