@@ -30,7 +30,7 @@ from lab.accuracy import accuracy
 from lab.augment import noisy_positions
 from lab.cli import Parser, add_device_flags, folder, number, parse_options
 from lab.datasets import DATASETS
-from lab.distributed import RANK, WORLD_SIZE, all_reduce_sum, cleanup, init, stop_on_signals
+from lab.distributed import RANK, WORLD_SIZE, Stop, all_reduce_sum, cleanup, init, on_signals
 from lab.environment import environment
 from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import locked, write_csv, write_json
@@ -197,8 +197,8 @@ def train(args):
     images_in_all, seen = args.epochs * steps_per_epoch * args.batch_size, state["step"] * args.batch_size
     progress = {"total": images_in_all, "initial": seen, "unit": "img", "unit_scale": True, "disable": RANK > 0 or None}
     last_save = shown = time.perf_counter()
-    waited = 0.0
-    with stop_on_signals() as stop, tqdm(**progress) as bar:
+    waited, stop = 0.0, Stop()
+    with on_signals(stop.interrupt), tqdm(**progress) as bar:
         while (epoch := len(state["log"])) < args.epochs and not stop.asked():
             step, start = state["step"], time.perf_counter()
             if step < (epoch + 1) * steps_per_epoch:

@@ -103,20 +103,15 @@ def on_signals(handler):
             signal.signal(number, previous)
 
 
-@contextmanager
-def stop_on_signals():
-    """Yield a Stop, with which signals stop all ranks between the same two steps.
+class Stop:
+    """Signals that stop all ranks between the same two steps.
 
-    with stop_on_signals() as stop:
+    stop = Stop()
+    with on_signals(stop.interrupt):
         while not stop.asked():     # on any rank
             ...
     """
-    stop = Stop()
-    with on_signals(stop.interrupt):
-        yield stop
 
-
-class Stop:
     signal = 0  # the last one
 
     def interrupt(self, number, frame):

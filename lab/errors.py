@@ -51,13 +51,13 @@ def one_line_errors(main):
 
 def explanation(e):
     """What is wrong and how to fix it; None for a bug."""
+    if is_out_of_memory(e) or is_out_of_memory(e.__cause__):  # whatever it was in the way of
+        return "out of memory: try a smaller --batch-size, --micro-batch, --sizes or model, or --device cpu"
     if isinstance(e, UserError):
         return str(e)
     if isinstance(e, OSError):
         what = f"{e.filename or 'a file'} ({e.strerror})" if e.errno else str(e)
         return f"cannot read or write {what}: check free space, permissions and ulimit -n, then run again"
-    if is_out_of_memory(e):
-        return "out of memory: try a smaller --batch-size, --micro-batch or model"
     if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({first_line(e)}): install a C++ compiler, or add --no-compile"
     return None

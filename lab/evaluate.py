@@ -35,7 +35,7 @@ from lab.cli import Parser, add_device_flags, folder, number
 from lab.data import REGIONS, Bearing
 from lab.datasets import DATASETS
 from lab.distributed import WORLD_SIZE, usable_device
-from lab.errors import UserError, is_out_of_memory, one_line_errors
+from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import locked, write_json
 from lab.imagenet import IMAGENET_1K, imagenet_classes
 from lab.run import read_of_run, read_run
@@ -54,12 +54,7 @@ def main(argv=None):
         if not run.is_dir():
             raise UserError(f"there is no {run}/last.pt: name folders that train.py has written")
         with locked(run):  # a run still in training would replace the weights meanwhile
-            try:
-                evaluate(run, args)
-            except Exception as e:
-                if is_out_of_memory(e):
-                    raise UserError("out of memory: try smaller --sizes, or --device cpu") from e
-                raise
+            evaluate(run, args)
 
 
 def parse_args(argv):
@@ -150,8 +145,9 @@ def evaluations(model, data, labels, seed, args):
 
     yield "test", {"test": test()}
     if args.sizes is not None:
-        sizes = args.sizes or [patch * round(times * model.grid) for times in SIZES]
-        yield "size", {str(size): test(img_size=size) for size in sizes}
+        with user_errors(()):  # the model's, about sizes
+            found = {str(size): test(img_size=size) for size in args.sizes or [patch * round(x * grid) for x in SIZES]}
+        yield "size", found
     if args.shift is not None and rotary:
         yield "shift", {f"{rho:g}": shifted(rho) for rho in args.shift or SHIFTS}
     if args.patch_shift is not None and rotary and model.num_prefix_tokens:

@@ -59,7 +59,8 @@ def parse_args(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", type=folder, metavar="RUN", help="folder that train.py or lab.pretrained has written")
-    add("--pe", nargs="+", help="rotary encodings to show (all, LieRE in blocks of 8)")
+    rotary = [name for name, make in ENCODINGS.items() if make]
+    add("--pe", nargs="+", choices=rotary, help="encodings to show (all, LieRE in blocks of 8)")
     add("--image", type=Path, metavar="FILE", help="an image to look at instead of the test set")
     add("--data-dir", type=folder, help="folder of the data sets and downloads (data)")
     add("--save", type=Path, metavar="FILE.png", help="write what the window would show")
@@ -216,10 +217,6 @@ class Column:
 
 def chosen(names):
     """{name: encoding}: those named, or all. LieRE's whole head in one group is too slow to drag unless it is named."""
-    for name in names or ():
-        if not ENCODINGS.get(name):
-            known = ", ".join(name for name, make in ENCODINGS.items() if make)
-            raise UserError(f"--pe {name} is no rotary encoding: choose from {known}")
     with user_errors(()):
         ropes = encodings(HEAD_DIM)
     return {n: rope for n, rope in ropes.items() if (n.partition(",")[0] in names if names else n != "liere")}

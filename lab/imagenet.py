@@ -23,13 +23,13 @@ import signal
 import unicodedata
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, get_worker_info
 
 from lab.augment import flip_and_color, mix
@@ -42,16 +42,6 @@ FORMATS = "JPEG", "PNG", "BMP", "WEBP"  # and no others, whatever the file name:
 IMAGENET_1K = "ImageNet-1k"  # what a published model was trained on: the 1000 classes of imagenet_classes.txt, in order
 TRIES = 100  # after so many unreadable images in a row, something else is wrong
 LESS_MEMORY = "use fewer --workers (or 0), a smaller --batch-size, or docker run --shm-size"
-ORIENTATION = 0x0112  # in EXIF data
-UPRIGHT = {  # the transposition that undoes each orientation
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 SCALES = {"L;2": 85, "L;4": 17, "I;16B": 1 / 256, "RGB;16B": 1 / 256}  # of a PNG's transparent level, to 8 bits
 warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # odd EXIF data is read as far as possible
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: they also wait for disks
@@ -294,12 +284,11 @@ def load(path, S, random=None):
         reduced = max((r for r in (2, 4, 8) if r * S <= min(box[2] - box[0], box[3] - box[1])), default=1)
         if reduced > 1 and image.draft(None, (image.width // reduced, image.height // reduced)):  # true for a JPEG
             box = [x / reduced for x in box]
-        part = opaque(image).resize((S, S), Image.BICUBIC, box)
-        try:
-            upright = UPRIGHT.get(image.getexif().get(ORIENTATION))
-        except Exception:  # corrupt EXIF data can fail in any way, even in an intact image
-            upright = None
-    return np.asarray((part if upright is None else part.transpose(upright)).convert("RGB"))
+        part = opaque(image).resize((S, S), Image.BICUBIC, box).convert("RGB")
+        part.info = {"exif": image.info.get("exif")}
+    with suppress(Exception):  # corrupt EXIF data can fail in any way, even in an intact image
+        part = ImageOps.exif_transpose(part)
+    return np.asarray(part)
 
 
 def random_crop(width, height, random):

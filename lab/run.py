@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 from lab.checkpoint import from_bytes, give_back, not_finite, snapshot, to_bytes, unreadable
-from lab.errors import UserError, first_line, is_out_of_memory
+from lab.errors import UserError, first_line
 from lab.files import atomic_write, plain, read_json
 from vit import ViT
 
@@ -40,8 +40,6 @@ def save_checkpoint(folder, state, config, **about):
         content = to_bytes(saved)
         from_bytes(content)
     except Exception as e:  # objects can fail in any way
-        if is_out_of_memory(e):
-            raise
         raise UserError(f"a checkpoint cannot hold {unreadable(saved)}: make it a number, text or a tensor") from e
     for name in "result.json", "evaluation.json":  # they describe the weights that are replaced here
         (folder / name).unlink(missing_ok=True)
@@ -70,8 +68,6 @@ def load_checkpoint(folder, state, config):
         try:
             state[name] = give_back(x, saved[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-            if is_out_of_memory(e):
-                raise
             raise UserError(f"{path} does not fit this {name}, which has changed since: {e}") from e
     if saved.get("parameters", optimized_names(state)) != optimized_names(state):
         raise UserError(f"{path} does not fit this optimizer: its parameters were others, or in another order")
@@ -100,8 +96,6 @@ def read_checkpoint(folder):
         saved = from_bytes(content)
         saved["config"], saved["model"], saved["vit"], saved["data"], saved["log"]
     except Exception as e:  # other content can fail in any way
-        if is_out_of_memory(e):
-            raise
         raise UserError(f"{path} is not a checkpoint of train.py ({first_line(e)}): move it away") from e
     return saved
 
@@ -113,8 +107,6 @@ def read_run(folder, device="cpu"):
         model = ViT(**saved["vit"])
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, ValueError) as e:
-        if is_out_of_memory(e):
-            raise
         raise UserError(f"{folder / 'last.pt'} does not fit the model, which has changed since ({e})") from e
     return saved, model.to(device)
 

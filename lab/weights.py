@@ -20,7 +20,7 @@ import torch
 from lab.checkpoint import from_bytes
 from lab.cli import parse_options
 from lab.datasets import DATASETS
-from lab.errors import UserError, first_line, is_out_of_memory
+from lab.errors import UserError, first_line
 from lab.run import flag, read_checkpoint
 from vit import ENCODINGS, ViT
 
@@ -42,8 +42,6 @@ def read_weights(path, heads=None, pe=None):
         weights = read_safetensors(content) if content[8:9] == b"{" else read_pickle(content)
         weights = {name: x.float() for name, x in weights.items()}
     except Exception as e:  # other content can fail in any way
-        if is_out_of_memory(e):
-            raise
         raise UserError(f"{path} holds no weights that can be read ({first_line(e)}): download it again") from e
     if bad := [name for name, x in weights.items() if not x.isfinite().all()]:
         raise UserError(f"{path} holds NaN or infinity, in {bad[0]}: download it again")
@@ -93,6 +91,8 @@ def recognise(weights, heads, pe):
     if dim % heads:
         raise ValueError(f"{heads} heads cannot share a width of {dim}: add --heads N")
     gamma = {"gamma_1", "ls1"} & {part for name in weights for part in name.split(".")}
+    if freqs is not None and pe:
+        raise ValueError(f"it has the frequencies of mixed, --pe says {pe}")
     pe = "mixed" if freqs is not None else pe or ("axial" if "gamma_1" in gamma else "ape")
     vit = {
         "pe": pe,
@@ -140,9 +140,11 @@ def adopt_flags(args):
     vit = default | vit
     flags = {name: vit[name] for name in ("patch_size", "depth", "head_dim", "pool", "pos_unit", "pos_scale", "ape")}
     flags |= {"heads": vit["num_heads"], "layer_scale": vit["layer_scale"] or 0.0}
-    if ENCODINGS[vit["pe"]] is None:  # another encoding may have any positions, and keep an absolute embedding
+    if ENCODINGS.get(vit["pe"], ViT) is None:  # another encoding may have any positions, and keep an absolute embedding
         flags = {name: flags[name] for name in flags.keys() - {"pos_unit", "pos_scale", "ape"}}
     args.pe = args.pe or vit["pe"]
+    if args.pe not in ENCODINGS:
+        raise UserError(f"{args.init} has --pe {args.pe}, which vit.py does not know: choose another")
     if args.pe == vit["pe"]:
         words, args.pe_options = args.pe_options, [f"{name}={value}" for name, value in pe_options.items()]
         if words and parse_options(words, args.pe, ENCODINGS[args.pe]) != pe_options:

@@ -136,11 +136,14 @@ def test_a_shuffle_moves_whole_patches_each_image_in_its_own_way():
 
 
 def test_errors_get_one_line(capsys, monkeypatch):
+    trained("axial", "--patch-size=8")
+    assert "multiples of patch_size = 8" in complaint(capsys, evaluate.main, "run", "--sizes", "36")
+    shutil.rmtree("run")
     trained("axial")
     assert "RUN" in complaint(capsys, evaluate.main)
     assert "there is no nowhere/last.pt" in complaint(capsys, evaluate.main, "nowhere")
     assert "cells of 4 pixels" in complaint(capsys, evaluate.main, "run", "--sizes", "30")
-    assert "out of memory: try smaller --sizes" in complaint(capsys, evaluate.main, "run", "--sizes", "40000000")
+    assert "out of memory: try a smaller" in complaint(capsys, evaluate.main, "run", "--sizes", "40000000")
     torch.save({"vit": Call(os.mkdir, "harm")}, "run/last.pt")
     assert "run/last.pt is not a checkpoint of train.py" in complaint(capsys, evaluate.main, "run")
     assert not Path("harm").exists()

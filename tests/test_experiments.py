@@ -78,19 +78,6 @@ def test_a_run_is_trained_and_evaluated_once_and_becomes_a_row(monkeypatch):
     assert experiments.main(["tiny"]) == 0 and read("tiny") == rows  # the seconds too: it was not trained again
 
 
-def test_no_run_starts_that_could_not_end_in_time(capsys, monkeypatch):
-    def slow(script, deadline):
-        now[0] += 10 * (script[0] != "-m")
-        pretend(script, deadline)
-
-    now = [7.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(experiments, "call", slow)
-    for done in ["none", "ape"], ["none", "ape", "axial"]:
-        assert experiments.main(["tiny", "--minutes=0.4"]) == 0 and [row["pe"] for row in read("tiny")] == done
-        assert ("no time for another run" in capsys.readouterr().err) == (len(done) < 3)
-
-
 @posix
 @pytest.mark.parametrize("number, why, code", [(0, "Time is up", 0), (2, "Stopped", 130), (15, "Stopped", 143)])
 def test_deadline_and_signals_save_the_run(monkeypatch, number, why, code):
@@ -250,9 +237,7 @@ def test_the_report_fills_the_marks_of_a_readme_or_leaves_it_as_it_was():
         assert path.read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize(
-    "old, new", [("axial", "axail"), ("pe,", "<<<<<<< HEAD\npe,"), (",python", ""), ("99", "\xff")]
-)
+@pytest.mark.parametrize("old, new", [("pe,", "<<<<<<< HEAD\npe,"), (",python train.py", ""), ("99", "\xff")])
 def test_rows_that_cannot_be_read_are_refused(old, new):
     append("bearing", {"pe": "axial", "accuracy": 99, "command": "python train.py"})
     path = Path("bearing.csv")

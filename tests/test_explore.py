@@ -285,7 +285,7 @@ def test_what_cannot_be_shown_gets_one_line(capsys, monkeypatch, tiny_bearing):
     matplotlib.use("agg")
     for words, *flags in [
         ("there is no display to open a window on: add --save",),
-        ("--pe ape is no rotary encoding: choose from axial", "--pe=ape", "--save=x.png"),
+        ("invalid choice: 'ape'", "--pe=ape", "--save=x.png"),
         ("leave out --pe, or the run", "run", "--pe=mixed"),
         ("name the folder of a run", "--image=x.png"),
         ("there is no nowhere/last.pt", "nowhere", "--save=x.png"),

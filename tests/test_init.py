@@ -130,6 +130,14 @@ def test_what_contradicts_the_weights_gets_one_line(flags, says, capsys):
     assert not Path("b").exists()
 
 
+def test_an_encoding_that_left_the_table_can_only_be_replaced(capsys, monkeypatch):
+    assert run("--out=a", "--pe=axial", "--epochs=1") == 0
+    monkeypatch.delitem(ENCODINGS, "axial")
+    says = "a has --pe axial, which vit.py does not know"
+    assert says in complaint(capsys, train.main, *BARE, "--init=a", "--out=b")
+    assert run("--init=a", "--out=b", "--pe=mixed", "--epochs=1") == 0
+
+
 def test_a_folder_for_the_new_run_is_asked_for(capsys):
     assert "--init needs a folder for the new run: add --out" in complaint(capsys, train.main, *BARE, "--init=a")
     assert "there is no b" in complaint(capsys, train.main, *BARE, "--init=a", "--out=b", "--resume")

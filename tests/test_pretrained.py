@@ -286,6 +286,9 @@ def test_what_a_file_does_not_say_is_asked_for_and_checked(capsys):
     assert "5 heads cannot share a width of 48: add --heads N" in complaint(
         capsys, pretrained.main, "a", "--out=run", "--heads=5"
     )
+    write("c", stand_in("mixed"))
+    says = "has the frequencies of mixed, --pe says axial"
+    assert says in complaint(capsys, pretrained.main, "c", "--out=run", "--pe=axial")
     line = complaint(capsys, pretrained.main, "b", "--out=run", "--heads=2")
     assert "but has nothing and lacks blocks.1.mlp.fc1.bias (192,), blocks.1.mlp.fc1.weight (192, 48), " in line
     converted("a")

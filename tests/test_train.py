@@ -278,7 +278,7 @@ def test_a_corrupt_image_stops_the_run_with_its_path_or_is_skipped(capsys):
         ("--opt lamb --lr 1e39", "--lr: is too large: 1e39"),
         ("--batch-size 1000000000000000", "out of memory: try a smaller --batch-size"),
         (f"--batch-size {2**63 - 1}", "out of memory: try a smaller --batch-size"),
-        (f"--head-dim {2**63 - 1}", "out of memory: try a smaller --batch-size, --micro-batch or model"),
+        (f"--head-dim {2**63 - 1}", "out of memory: try a smaller --batch-size, --micro-batch, --sizes or model"),
         ("--out=", "--out: must name a folder"),
         ("--device cuda:99", "try --device cpu"),
         ("--resume", "there is no runs/bearing-spherical-s0/last.pt to continue: leave --resume out"),
@@ -417,15 +417,10 @@ def test_a_corrupt_or_hostile_checkpoint_is_refused_and_runs_no_code(capsys):
     assert "there is no a/last.pt" in bad(capsys, "--out=a", "--resume")
 
 
-def test_moments_are_copied_into_memory_that_an_optimizer_can_write_to(capsys):
+def test_moments_are_copied_into_memory_that_an_optimizer_can_write_to():
     interrupted("--out=a")
     saved, place = weights("a"), Path("a/last.pt")
     moments = saved["optimizer"]["state"][0]
-    for name, wrong in ("exp_avg", torch.zeros(1)), ("exp_avg_sq", moments["exp_avg_sq"][None]):
-        right, moments[name] = moments[name], wrong
-        torch.save(saved, place)
-        assert f"does not fit this optimizer, which has changed since: {name}" in bad(capsys, "--out=a", "--resume")
-        moments[name] = right
     moments["exp_avg"] = torch.zeros(()).expand_as(moments["exp_avg"])  # all of it in one place
     torch.save(saved, place)
     assert run("--out=a", "--resume") == 0 and weights("a")["optimizer"]["state"][0]["exp_avg"].unique().numel() > 1
