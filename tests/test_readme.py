@@ -52,6 +52,7 @@ def test_the_tutorials_encoding_is_what_it_says_and_trains(monkeypatch, tiny_bea
 def test_every_command_is_accepted(monkeypatch, script, flags):
     for module, name in (experiments, "run_set"), (report, "report"), (figures, "read_runs"):
         monkeypatch.setattr(module, name, Mock(return_value=[]))  # these scripts parse flags in main
+    monkeypatch.setattr(train, "adopt_flags", Mock())  # those of a run that a reader has made
     monkeypatch.setattr(figures, "OF_ENCODINGS", {})
     monkeypatch.setattr(gpu_first, "torch", Mock())  # has a GPU
     monkeypatch.setattr(gpu_first, "STEPS", [])
