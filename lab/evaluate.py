@@ -37,8 +37,7 @@ from lab.datasets import DATASETS
 from lab.distributed import WORLD_SIZE, usable_device
 from lab.errors import UserError, one_line_errors, user_errors
 from lab.files import locked, write_json
-from lab.imagenet import IMAGENET_1K, imagenet_classes
-from lab.run import read_of_run, read_run
+from lab.run import class_labels, read_of_run, read_run
 
 SIZES = 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2  # times the training size
 SHIFTS = 1, 2, 4, 8, 16  # patches
@@ -101,19 +100,6 @@ def evaluate(run, args):
         write_json(path, config | {"accuracies": results, "skipped_images": len(data.corrupt)})
     if data.corrupt:
         print(f"corrupt images skipped: {len(data.corrupt)}")
-
-
-def class_labels(run, data, trained_on):
-    """The model's label for each class of the data: by name if it knows ImageNet's classes, and else the same."""
-    if trained_on == IMAGENET_1K:
-        label = {name: i for i, name in enumerate(imagenet_classes())}
-        if others := [name for name in data.classes if name not in label]:
-            fix = f"name folders as ImageNet's (n01440764 ...), or fine-tune with train.py --init {run}"
-            raise UserError(f"{run} knows ImageNet's classes, {data.root} has others, such as {others[0]}: {fix}")
-        return torch.tensor([label[name] for name in data.classes])
-    if trained_on != data.fingerprint:
-        raise UserError(f"{run} was trained on {trained_on}, {data.root} has {data.fingerprint}: change --data-dir")
-    return torch.arange(data.num_classes)
 
 
 def evaluations(model, data, labels, seed, args):

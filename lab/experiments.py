@@ -164,5 +164,16 @@ def matches(row, flags):
     return all(row.get(flag) == str(value) for flag, value in flags.items())
 
 
+def values(name, column="accuracy", **flags):
+    """A column of lab/results/<name>.csv, from the rows that match these flags."""
+    return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
+
+
+def frequency_range(pe, theta, scale):
+    """An encoding's lowest and highest frequency in the ViT of bearing, as text; or its only one, and the period."""
+    w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
+    return f"{w[0]:g} ({7 / w[0]:.3g})" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"  # 7 patches span 2 pi
+
+
 if __name__ == "__main__":
     sys.exit(main())

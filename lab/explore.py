@@ -28,12 +28,11 @@ from torch.overrides import TorchFunctionMode
 from lab.cli import Parser, folder
 from lab.datasets import DATASETS
 from lab.errors import UserError, first_line, one_line_errors, user_errors
-from lab.evaluate import class_labels
 from lab.files import atomic_write
 from lab.imagenet import IMAGENET_1K, ImageNet, imagenet_classes, load
 from lab.pictures import BLUE, FROM_ZERO, GREY, PALE, RED, SIGNED, SKY, STYLE, heading, style
 from lab.rotations import channel_groups, encodings, grid, scores, symmetry
-from lab.run import read_run
+from lab.run import class_labels, read_run
 from vit import ENCODINGS
 
 SIZE = 14, 8  # of the window, in inches of 100 pixels

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from PIL import Image
 
-from lab import experiments, report
+from lab import experiments
 from lab.cli import Parser
 from lab.datasets import DATASETS
 from lab.errors import UserError, one_line_errors
@@ -325,10 +325,10 @@ def bearing_frequencies():
         names = []
         for theta, scale in experiments.RANGES:
             flags = {"pe": pe, "pe-options": f"theta={theta}", "pos-scale": scale}
-            if numbers := report.values("bearing-frequencies", "region lower right", **flags):
+            if numbers := experiments.values("bearing-frequencies", "region lower right", **flags):
                 axes.plot([len(names)] * len(numbers), numbers, "o", color=colour, alpha=0.5, clip_on=False)
                 axes.plot(len(names), mean(numbers), "_", color=colour, markersize=22, markeredgewidth=2)
-                names.append(report.frequency_range(pe, theta, scale).replace(" ", "\n", 1))
+                names.append(experiments.frequency_range(pe, theta, scale).replace(" ", "\n", 1))
         axes.axhline(12.5, color=GREY, linewidth=1, zorder=0)
         axes.set_xticks(range(len(names)), labels=names)
         axes.set(title=pe, ylim=(0, 100), xlabel="frequencies, radians per unit of position (period in patches)")

@@ -14,7 +14,7 @@ from functools import partial
 
 from lab.cli import Parser
 from lab.errors import UserError, one_line_errors
-from lab.experiments import NOT_EQUIVARIANT, RANGES, RESULTS, ROOT, matches, read
+from lab.experiments import NOT_EQUIVARIANT, RANGES, RESULTS, ROOT, frequency_range, matches, read, values
 from lab.files import atomic_write, read_json
 from vit import ENCODINGS
 
@@ -59,11 +59,6 @@ PUBLISHED = {  # van de Geijn et al. 2025: a table's columns, each a title and i
         },
     },
 }
-
-
-def values(name, column="accuracy", **flags):
-    """A column of lab/results/<name>.csv, from the rows that match these flags."""
-    return [float(row[column]) for row in read(name) if matches(row, flags) and row.get(column)]
 
 
 def mean_and_error(numbers, sign="", like=()):
@@ -253,12 +248,6 @@ def frequencies():
             lines.append([f"`{pe}`", frequency_range(pe, theta, scale), *cells])
     titles = *columns, "opposite corner, minus `axial`", "seeds"
     return [["`--pe`", "frequencies (period in patches)", *titles], *lines]
-
-
-def frequency_range(pe, theta, scale):
-    """An encoding's lowest and highest frequency in the ViT of bearing, as text; or its only one, and the period."""
-    w = scale * ENCODINGS[pe](24, 4, theta=theta).frequencies().unique()
-    return f"{w[0]:g} ({7 / w[0]:.3g})" if len(w) == 1 else f"{w[0]:.2g} to {w[-1]:g}"  # 7 patches span 2 pi
 
 
 def under_shifts(dataset, base, columns, **flags):

@@ -5,9 +5,12 @@ import json
 import sys
 import zipfile
 
+import torch
+
 from lab.checkpoint import from_bytes, give_back, not_finite, snapshot, to_bytes, unreadable
 from lab.errors import UserError, first_line
 from lab.files import atomic_write, plain, read_json
+from lab.imagenet import IMAGENET_1K, imagenet_classes
 from vit import ViT
 
 
@@ -109,6 +112,19 @@ def read_run(folder, device="cpu"):
     except (RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{folder / 'last.pt'} does not fit the model, which has changed since ({e})") from e
     return saved, model.to(device)
+
+
+def class_labels(run, data, trained_on):
+    """The model's label for each class of the data: by name if it knows ImageNet's classes, and else the same."""
+    if trained_on == IMAGENET_1K:
+        label = {name: i for i, name in enumerate(imagenet_classes())}
+        if others := [name for name in data.classes if name not in label]:
+            fix = f"name folders as ImageNet's (n01440764 ...), or fine-tune with train.py --init {run}"
+            raise UserError(f"{run} knows ImageNet's classes, {data.root} has others, such as {others[0]}: {fix}")
+        return torch.tensor([label[name] for name in data.classes])
+    if trained_on != data.fingerprint:
+        raise UserError(f"{run} was trained on {trained_on}, {data.root} has {data.fingerprint}: change --data-dir")
+    return torch.arange(data.num_classes)
 
 
 def read_of_run(path, config):
