@@ -84,7 +84,8 @@ TINY = as_flags(SMALL)
 
 @pytest.fixture
 def tiny_bearing(monkeypatch, tmp_path):
-    """Four steps of 16 images per epoch, 50 test images, and an empty working directory to write into."""
+    """Four steps of 16 images per epoch, 50 test images, no pictures, and an empty working directory to write into."""
+    monkeypatch.setattr("lab.pictures.plot_curves", lambda path, *_: path.write_bytes(b""))
     monkeypatch.setattr(Bearing, "train_size", 64)
     monkeypatch.setattr(Bearing, "test_size", 50)
     monkeypatch.chdir(tmp_path)

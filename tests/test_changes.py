@@ -235,24 +235,25 @@ class Range:
     high: float = 1.0
 
 
-@pytest.mark.parametrize(
-    "kind, default, typed",
-    [
-        (Path, Path("a"), "b"),
-        (Colour.__getitem__, Colour.RED, "BLUE"),
-        (lambda text: Range(float(text)), Range(0.0), "1"),
-        (lambda text: tuple(text.split(",")), (1, 2), "3,4"),
-        (partial(getattr, F), F.relu, "silu"),
-        (np.float32, np.float32(1), "2"),
-        (float, float("nan"), "2"),
-    ],
-)
-def test_a_flag_of_any_type_resumes_and_is_compared(kind, default, typed, monkeypatch, capsys):
-    add_flag(monkeypatch, "--new", type=kind, default=default)
-    for out, flags in ("default", []), ("typed", [f"--new={typed}"]):
+NEW_FLAGS = {  # type, default, another value
+    "--path": (Path, Path("a"), "b"),
+    "--enum": (Colour.__getitem__, Colour.RED, "BLUE"),
+    "--dataclass": (lambda text: Range(float(text)), Range(0.0), "1"),
+    "--tuple": (lambda text: tuple(text.split(",")), (1, 2), "3,4"),
+    "--function": (partial(getattr, F), F.relu, "silu"),
+    "--number": (np.float32, np.float32(1), "2"),
+    "--nan": (float, float("nan"), "2"),
+}
+
+
+def test_flags_of_any_type_resume_and_are_compared(monkeypatch, capsys):
+    for name, (kind, default, _) in NEW_FLAGS.items():
+        add_flag(monkeypatch, name, type=kind, default=default)
+    for out, flags in ("default", []), ("typed", [f"{name}={typed}" for name, (*_, typed) in NEW_FLAGS.items()]):
         interrupted(f"--out={out}", *flags)
         assert run(f"--out={out}", "--resume", *flags) == 0
-    assert "--new was " in bad(capsys, "--out=typed", "--resume")
+    line = bad(capsys, "--out=typed", "--resume")
+    assert all(f"{name} was " in line for name in NEW_FLAGS)
 
 
 def test_runs_older_than_a_flag_resume_and_say_its_value(monkeypatch, capsys):

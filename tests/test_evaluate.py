@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EQUIVARIANT, NOT_EQUIVARIANT, ROOT, SMALL, Call, as_flags, complaint, make_imagenet, weights
+from conftest import EQUIVARIANT, ROOT, SMALL, Call, as_flags, complaint, make_imagenet, weights
 
 import train
 from lab import benchmark, evaluate, experiments, figures, imagenet, report
@@ -112,7 +112,7 @@ def test_shifts_move_all_positions_alike_and_patch_shifts_all_but_the_class_toke
     torch.testing.assert_close(others[:, 1:], all_[:, 1:], rtol=0, atol=atol)  # the same draws
 
 
-@pytest.mark.parametrize("pe", EQUIVARIANT + NOT_EQUIVARIANT)
+@pytest.mark.parametrize("pe", ["mixed", "spherical"])
 def test_equivariant_encodings_ignore_a_shift_unless_the_class_token_stays(pe, float64, monkeypatch):
     trained(pe)
     monkeypatch.setattr(Bearing, "test_size", 200)
@@ -169,15 +169,14 @@ def test_results_that_are_broken_or_of_another_run_are_refused(name, capsys):
             assert f"run/{name}.json {says}" in complaint(capsys, script.main, *flags)
 
 
-@pytest.mark.parametrize("part", ["config", "model", "vit", "data", "log"])
-def test_every_script_refuses_a_checkpoint_that_lacks_a_part(part, capsys):
+def test_every_script_refuses_a_checkpoint_that_lacks_a_part(capsys):
     trained("axial")
     saved = weights("run")
-    del saved[part]
-    torch.save(saved, "run/last.pt")
-    for script in evaluate, figures, train:
-        flags = [*TINY, "--pe=axial", "--out=run", "--resume"] if script is train else ["run"]
-        assert f"run/last.pt is not a checkpoint of train.py ('{part}')" in complaint(capsys, script.main, *flags)
+    for part in "config", "model", "vit", "data", "log":
+        torch.save({name: x for name, x in saved.items() if name != part}, "run/last.pt")
+        for script in evaluate, figures, train:
+            flags = [*TINY, "--pe=axial", "--out=run", "--resume"] if script is train else ["run"]
+            assert f"run/last.pt is not a checkpoint of train.py ('{part}')" in complaint(capsys, script.main, *flags)
 
 
 def test_runs_of_an_older_version_are_evaluated_or_say_what_has_changed(capsys):

@@ -9,14 +9,7 @@ import torch
 
 from lab.lamb import LAMB
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Draws and computes in float64, unless a test says otherwise."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Reference:

@@ -46,6 +46,7 @@ from lab.data import Bearing
 from lab.errors import one_line_errors
 from lab.files import read_json
 from lab.imagenet import ImageNet
+from lab.pictures import plot_curves
 from lab.run import read_run
 from vit import ENCODINGS, ViT
 
@@ -65,7 +66,8 @@ def cifar():
     return "--dataset=cifar100"
 
 
-def test_a_run_writes_config_log_curves_checkpoint_and_result(capsys):
+def test_a_run_writes_config_log_curves_checkpoint_and_result(capsys, monkeypatch):
+    monkeypatch.setattr("lab.pictures.plot_curves", plot_curves)
     steps, out = [], Path("runs/bearing-axial-s9")  # of its epochs, the first is the best
     with before(F, "cross_entropy", lambda *args: steps.append(args)):
         assert run("--pe=axial", "--seed=9") == 0
