@@ -127,11 +127,12 @@ def seeds(name, **flags):
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
-def sizes(name, pooled=False, **more):
-    """The columns of accuracies as trained, at other sizes, and with more titles of columns."""
+def sizes(name, *beside, pooled=False, **more):
+    """The columns of accuracies as trained, others beside them, at other sizes, and with more titles of columns."""
     titles = {f"{size} px": f"size {size}" for size in (24, 48, 64)} | more
     found = [(title, measured(name, column)) for title, column in titles.items()]
-    return [("test", measured(name)), ("minus `axial`", minus(name, "axial", pooled)), *found, ("seeds", seeds(name))]
+    as_trained = ("test", measured(name)), ("minus `axial`", minus(name, "axial", pooled))
+    return [*as_trained, *beside, *found, ("seeds", seeds(name))]
 
 
 def shifts(name):
@@ -162,13 +163,14 @@ def corner(pool):
     return [*found, ("seeds", seeds("bearing-corner", pool=pool))]
 
 
-def published_minus_axial(title):
-    """A function cell(pe): the difference in the paper's table 2, for encodings of cifar100-medium."""
-    means = {pe: float(cell.split()[0]) for pe, cell in PUBLISHED["table2"][title].items()}
+def published_minus_axial(name, published):
+    """A function cell(pe): the difference in the paper, for encodings of a set."""
+    means = {pe: float(cell.split()[0]) for pe, cell in published.items()}
     known = means.keys() - {"axial"}
-    return lambda pe: pe in known and values("cifar100-medium", pe=pe) and f"{means[pe] - means['axial']:+.1f}"
+    return lambda pe: pe in known and values(name, pe=pe) and f"{means[pe] - means['axial']:+.1f}"
 
 
+IN_THE_PAPER = "in the paper", published_minus_axial("cifar100-medium", PUBLISHED["table2"]["CIFAR-100, 400 epochs"])
 SHUFFLED = {"shuffled patches": "patches shuffled"}
 TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
     "table2": [
@@ -181,11 +183,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
-    "cifar100-medium": sizes("cifar100-medium", pooled=True, **SHUFFLED),
-    "cifar100-medium-differences": [
-        ("here", minus("cifar100-medium", "axial", pooled=True)),
-        *((f"published: {title}", published_minus_axial(title)) for title in PUBLISHED["table2"]),
-    ],
+    "cifar100-medium": sizes("cifar100-medium", IN_THE_PAPER, pooled=True, **SHUFFLED),
     "cifar100-medium-shifts": shifts("cifar100-medium"),
     "cifar100-small": sizes("cifar100-small", pooled=True, **SHUFFLED),
     "cifar100-small-shifts": shifts("cifar100-small"),
