@@ -25,10 +25,8 @@ import hashlib
 import math
 import os
 import pickle
-import shutil
 import tarfile
 import tempfile
-import urllib.request
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -36,12 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from lab.augment import mix, three_augment
 from lab.distributed import local_rank_0_first
-from lab.errors import UserError
-from lab.files import atomic_write, locked
+from lab.errors import UserError, first_line
+from lab.files import locked
 
 
 class Dataset:
@@ -218,10 +215,10 @@ class CIFAR100(Dataset):
         return read_cifar100(folder / "train"), read_cifar100(folder / "test")
 
 
-# Downloading and reading the official files. The archive is trusted only if its MD5 is right, the pickles never are.
+# The official files. The archive is trusted only if its SHA-256 is right, the pickles never are.
 
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-CIFAR100_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+CIFAR100_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"
 
 
 def cifar100_folder(root):
@@ -233,8 +230,12 @@ def cifar100_folder(root):
         if folder.is_dir():  # another run extracted it in the meantime
             return folder
         if not archive.exists():
-            download(CIFAR100_URL, CIFAR100_MD5, archive)
-        elif md5(archive) != CIFAR100_MD5:
+            try:
+                torch.hub.download_url_to_file(CIFAR100_URL, str(archive), CIFAR100_SHA256)
+            except (OSError, RuntimeError, HTTPException) as e:  # RuntimeError: truncated or altered
+                fix = f"run again, or download it by other means and put it at {archive}"
+                raise UserError(f"cannot download {CIFAR100_URL} ({first_line(e)}): {fix}") from e
+        elif hashlib.sha256(archive.read_bytes()).hexdigest() != CIFAR100_SHA256:
             raise UserError(
                 f"{archive} is corrupt, or not the official archive: delete it and run again to download it"
             )
@@ -245,29 +246,6 @@ def cifar100_folder(root):
                 (made / name).write_bytes(tar.extractfile(f"{folder.name}/{name}").read())
             os.replace(made, folder)
     return folder
-
-
-def download(url, expected_md5, path):
-    """Download url to path, which is created only once the file is complete and its MD5 is right."""
-    try:
-        with urllib.request.urlopen(url, timeout=60) as reply:
-            size = int(reply.headers.get("Content-Length", 0)) or None
-            with atomic_write(path) as tmp:
-                with open(tmp, "wb") as f, tqdm.wrapattr(reply, "read", size, desc=path.name, disable=None) as counted:
-                    shutil.copyfileobj(counted, f)
-                if md5(tmp) != expected_md5:
-                    raise UserError(
-                        f"the download from {url} is truncated or altered: run again, or put the file at {path}"
-                    )
-    except (OSError, HTTPException) as e:
-        raise UserError(
-            f"cannot download {url} ({e}): download it by other means, put it at {path} and run again"
-        ) from e
-
-
-def md5(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "md5").hexdigest()
 
 
 class CIFARUnpickler(pickle.Unpickler):
