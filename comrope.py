@@ -23,7 +23,7 @@ The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
     the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', their RoPE Equation: multiples of one matrix
+    equivariant          R(p)^T R(p') = R(p' - p) for all p and p', Yu et al.'s RoPE Equation: multiples of one matrix
                          commute, and so scores ignore a shift of all positions
     oblique              ld: a block can respond to a direction that is not along an axis; ap: it knows one axis only
 

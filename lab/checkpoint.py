@@ -70,17 +70,27 @@ def give_back(x, saved):
 
 
 def restore_moments(optimizer, saved):
-    """Give an optimizer's tensors the dtype they had, and those of a parameter's shape its memory layout.
+    """Give an optimizer's tensors the dtype they had, and moments the memory layout of their parameters.
 
-    load_state_dict casts all to the parameters' dtype, and fused kernels do not check strides.
+    load_state_dict casts all to the parameters' dtype, and fused kernels check neither shapes nor strides. Which of an
+    optimizer's tensors are like parameters is its own business: here, those of a name that fits most parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, of_p in ((parameters[i], of_p) for i, of_p in saved.items() if i in range(len(parameters))):
-        for name, x in of_p.items():
+    tensors = {}  # by name: parameter, and tensor
+    for i, of_p in saved.items():
+        for name, x in of_p.items() if i in range(len(parameters)) else ():
             if isinstance(x, torch.Tensor):
-                like = p if x.shape == p.shape else x
-                device = optimizer.state[p][name].device
-                optimizer.state[p][name] = torch.empty_like(like, dtype=x.dtype, device=device).copy_(x)
+                tensors.setdefault(name, []).append((parameters[i], x))
+    for name, pairs in tensors.items():
+        wrong = [x for p, x in pairs if x.shape != p.shape]
+        if 0 < len(wrong) < len(pairs) / 2:
+            raise ValueError(f"{name} has the shape {tuple(wrong[0].shape)}, which is not its parameter's")
+        for p, x in pairs:
+            state = optimizer.state[p]
+            if x.dtype != state[name].dtype:
+                state[name] = x.to(state[name].device)
+            if x.shape == p.shape and x.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
 
 
 def not_finite(model, optimizer):

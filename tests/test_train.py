@@ -422,10 +422,15 @@ def test_a_corrupt_or_hostile_checkpoint_is_refused_and_runs_no_code(capsys):
     assert "there is no a/last.pt" in bad(capsys, "--out=a", "--resume")
 
 
-def test_moments_are_copied_into_memory_that_an_optimizer_can_write_to():
+def test_moments_are_copied_into_memory_that_an_optimizer_can_write_to(capsys):
     interrupted("--out=a")
     saved, place = weights("a"), Path("a/last.pt")
     moments = saved["optimizer"]["state"][0]
+    for name, wrong in ("exp_avg", torch.zeros(1)), ("exp_avg_sq", moments["exp_avg_sq"][None]):
+        right, moments[name] = moments[name], wrong
+        torch.save(saved, place)
+        assert f"does not fit this optimizer, which has changed since: {name}" in bad(capsys, "--out=a", "--resume")
+        moments[name] = right
     moments["exp_avg"] = torch.zeros(()).expand_as(moments["exp_avg"])  # all of it in one place
     torch.save(saved, place)
     assert run("--out=a", "--resume") == 0 and weights("a")["optimizer"]["state"][0]["exp_avg"].unique().numel() > 1
@@ -444,6 +449,8 @@ def test_only_a_checkpoint_that_was_read_whole_is_called_corrupt(capsys):
     for error, says in (MemoryError(), "out of memory"), (OSError(5, "Input/output error"), "Input/output error"):
         with before(Path, "read_bytes", Mock(side_effect=error)):
             assert says in bad(capsys, *resume)
+    with before(torch, "load", Mock(side_effect=MemoryError())):  # where other errors say that the file is wrong
+        assert "out of memory" in bad(capsys, *resume)
 
 
 def test_a_finished_run_without_a_result_gets_one():
