@@ -51,7 +51,7 @@ def one_line_errors(main):
 
 def explanation(e):
     """What is wrong and how to fix it; None for a bug."""
-    if is_out_of_memory(e) or is_out_of_memory(e.__cause__):  # whatever it was in the way of
+    if is_out_of_memory(e) or is_out_of_memory(e.__cause__):  # also where it became another error
         return "out of memory: try a smaller --batch-size, --micro-batch, --sizes or model, or --device cpu"
     if isinstance(e, UserError):
         return str(e)
