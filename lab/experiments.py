@@ -150,7 +150,7 @@ def read(name):
             rows = list(csv.DictReader(f))
     except UnicodeDecodeError:
         rows = []
-    if not all(row.get("pe") and row.get("command") for row in rows or [{}]):
+    if not all(row.get("pe") and None not in (*row, *row.values()) for row in rows or [{}]):
         raise UserError(f"{path} is corrupt: restore it from a copy")
     return rows
 

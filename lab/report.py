@@ -25,42 +25,6 @@ def main(argv=None):
     report()
 
 
-PUBLISHED = {  # van de Geijn et al. 2025: a table's columns, each a title and its cells
-    "table2": {
-        "CIFAR-100, 400 epochs": {
-            "ape": "64.2 ± 0.9",
-            "axial": "72.1 ± 0.6",
-            "axial-learned": "72.9 ± 0.6",
-            "uniform": "70.5 ± 0.2",
-            "mixed": "74.7 ± 0.3",
-            "spherical": "73.2 ± 0.4",
-            "spherical-learned": "74.1 ± 0.4",
-            "liere": "73.1 ± 0.2",
-        },
-        "ImageNet-1k, 200 epochs": {
-            "ape": "72.7 ± 0.1",
-            "axial": "75.6 ± 0.2",
-            "axial-learned": "75.7 ± 0.4",
-            "uniform": "74.9 ± 0.3",
-            "mixed": "77.4 ± 0.1",
-            "spherical": "76.4 ± 0.3",
-            "spherical-learned": "77.4 ± 0.2",
-        },
-    },
-    "table7": {
-        "20, 40, 60, 80 % of CIFAR-100": {
-            "ape": "45.9, 53.4, 57.7, 59",
-            "axial": "55.3, 63.3, 66.0, 69.9",
-            "axial-learned": "56.6, 62.5, 66.8, 69.1",
-            "uniform": "52.8, 59.7, 64.1, 65.8",
-            "mixed": "56.9, 64.4, 70.0, 71.6",
-            "spherical": "56.0, 63.6, 67.6, 69.8",
-            "spherical-learned": "57.2, 65.3, 69.8, 72.6",
-        },
-    },
-}
-
-
 def mean_and_error(numbers, sign="", like=()):
     """The mean over the seeds and its standard error, or that of samples like it (root mean square); None if empty."""
     if not numbers:
@@ -163,14 +127,20 @@ def corner(pool):
     return [*found, ("seeds", seeds("bearing-corner", pool=pool))]
 
 
-def published_minus_axial(name, published):
-    """A function cell(pe): the difference in the paper, for encodings of a set."""
-    means = {pe: float(cell.split()[0]) for pe, cell in published.items()}
+def published(name):
+    """The columns of a table in van de Geijn et al. 2025, each a title and a cell(pe)."""
+    rows = {row["pe"]: row for row in read("published")}
+    titles = [title for title in next(iter(rows.values()), {}) if title.startswith(f"{name}: ")]
+    return [(title.removeprefix(f"{name}: "), lambda pe, title=title: rows.get(pe, {}).get(title)) for title in titles]
+
+
+def published_minus_axial(pe):
+    """The difference on CIFAR-100 in the paper, for encodings of cifar100-medium."""
+    means = {row["pe"]: float(row["table2: CIFAR-100, 400 epochs"].split()[0]) for row in read("published")}
     known = means.keys() - {"axial"}
-    return lambda pe: pe in known and values(name, pe=pe) and f"{means[pe] - means['axial']:+.1f}"
+    return pe in known and values("cifar100-medium", pe=pe) and f"{means[pe] - means['axial']:+.1f}"
 
 
-IN_THE_PAPER = "in the paper", published_minus_axial("cifar100-medium", PUBLISHED["table2"]["CIFAR-100, 400 epochs"])
 SHUFFLED = {"shuffled patches": "patches shuffled"}
 TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
     "table2": [
@@ -183,7 +153,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
-    "cifar100-medium": sizes("cifar100-medium", IN_THE_PAPER, pooled=True, **SHUFFLED),
+    "cifar100-medium": sizes("cifar100-medium", ("in the paper", published_minus_axial), pooled=True, **SHUFFLED),
     "cifar100-medium-shifts": shifts("cifar100-medium"),
     "cifar100-small": sizes("cifar100-small", pooled=True, **SHUFFLED),
     "cifar100-small-shifts": shifts("cifar100-small"),
@@ -320,12 +290,12 @@ def table(name):
 
 def of_encodings(name):
     """A row per encoding and a column per title, where anything was measured or published."""
-    published = [(f"published: {title}", cells.get) for title, cells in PUBLISHED.get(name, {}).items()]
-    columns = [*published, *TABLES[name]]
+    of_paper = [(f"published: {title}", cell) for title, cell in published(name)]
+    columns = [*of_paper, *TABLES[name]]
     found = {pe: [cell(pe) for _, cell in columns] for pe in ENCODINGS}
     found = {pe: cells for pe, cells in found.items() if any(cells) and (name != "summary" or all(cells))}
     kept = [i for i, column in enumerate(zip(*found.values(), strict=True)) if any(column)]
-    not_run = ["not run yet"] * (len(kept) == len(published) > 0)
+    not_run = ["not run yet"] * (len(kept) == len(of_paper) > 0)
     lines = [["`--pe`", *(columns[i][0] for i in kept), *(["here"] if not_run else [])]]
     return lines + [[f"`{pe}`", *(cells[i] or "-" for i in kept), *not_run] for pe, cells in found.items()]
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -24,13 +25,14 @@ from lab.files import write_json
 from lab.report import TABLES, table
 from vit import ENCODINGS
 
+PUBLISHED = experiments.RESULTS / "published.csv"
+
 
 @pytest.fixture(autouse=True)
 def tiny_set(monkeypatch, tiny_bearing, tmp_path):
     """An empty results folder, and a set of three tiny runs."""
     for module in experiments, report:
         monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "PUBLISHED", {})
     flags = {flag: value for flag, value in SMALL.items() if flag != "device"} | {"epochs": 1, "seed": 1}
     monkeypatch.setitem(SETS, "tiny", ([{"pe": pe} | flags for pe in ("none", "ape", "axial")], "--shift 4 --shuffle"))
 
@@ -124,6 +126,8 @@ def test_a_finished_set_fills_its_table(monkeypatch, name, of_set):
     """The scripts accept the set's flags, and a column with a number in its title shows the result for that number."""
     monkeypatch.setattr(experiments, "call", pretend)
     assert experiments.main([of_set]) == 0
+    if "medium" in name:
+        shutil.copy(PUBLISHED, ".")
     titles, rows = cells(name)
     assert titles == [title.replace("`", "") for title, _ in TABLES[name]]
     pes = {run["pe"] for run in SETS[of_set][0]}
@@ -134,9 +138,9 @@ def test_a_finished_set_fills_its_table(monkeypatch, name, of_set):
         assert column.count("-") == (title in ("minus axial", "in the paper"))  # axial's, to itself
 
 
-def test_tables_show_mean_error_and_seeds_of_what_was_measured(monkeypatch):
+def test_tables_show_mean_error_and_seeds_of_what_was_measured():
     assert table("table2") == ""
-    monkeypatch.setitem(report.PUBLISHED, "table2", {"2025": {"ape": "64.2"}})
+    append("published", {"pe": "ape", "table2: 2025": "64.2", "table7: 2025": "45.9"})
     assert (
         table("table2") == "| `--pe` | published: 2025 | here |\n| --- | --- | --- |\n| `ape` | 64.2 | not run yet |\n"
     )
@@ -156,6 +160,7 @@ def test_differences_are_taken_between_runs_with_the_same_seed():
             for seed, accuracy in enumerate(accuracies):
                 append(name, {"pe": pe, "seed": seed, "accuracy": accuracy, "command": "python"})
     append("bearing", {"pe": "axial", "seed": 2, "accuracy": 90, "command": "python"})  # not shared
+    shutil.copy(PUBLISHED, ".")
     found = {name: [row[1] for row in cells(name)[1].values()] for name in ("bearing", "cifar100-small")}
     assert found["bearing"] == ["-12.5 ± 1.5", "-", "+5.0 ± 0.0", "+6.5 ± 0.5"]
     pooled = math.sqrt((1.5**2 + 0.5**2) / 3)
