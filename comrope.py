@@ -1,20 +1,21 @@
 """ComRoPE: equivariant rotations by matrix exponentials that commute (Yu et al. 2025, equations 8 and 10).
 
 RoPE in one dimension turns pairs of channels: rot(w x) = exp(w x J), J = [[0, -1], [1, 0]], at position x. ComRoPE
-replaces J with a larger, learned skew-symmetric matrix B, which turns a block of channels at once.
+replaces J with a larger, learned skew-symmetric matrix A, which turns a block of channels at once.
 
     x = torch.linspace(-torch.pi, torch.pi, 14)          # a training image of 14 x 14 patches: [-pi, pi] on each axis
     pos = torch.cartesian_prod(x, x).flip(-1)            # (T, 2): x, y of each patch, row by row
     rope = ComRoPE(head_dim=64, num_heads=6, kind="ld")  # one for each attention layer
-    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
+    q, k = torch.randn(2, 8, 6, 196, 64)                 # each (batch B, heads H, tokens T, head_dim D)
+    q, k = rope(q, k, pos)                               # transpose (B, T, H, D) first
 
-In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
+An image of 28 x 28 patches spans [-2 pi, 2 pi], and so on (arXiv 2511.08368): its patches are slightly closer together.
 
-A token at p = (x, y) has each block of b = block_size channels of its query and its key multiplied by exp(c B):
+A token at p = (x, y) has its query and its key multiplied by
 
-    R(p) = diag(exp(c_0 B_0), exp(c_1 B_1), ...)      B_j = P_j - P_j^T, P_j learned for each head
+    R(p) = diag(exp(c_0 A_0), exp(c_1 A_1), ...)      A_j = P_j - P_j^T, P_j (b, b) learned for each head
 
-There are two kinds of numbers c (theta is a factor here, not the base of frequencies that it is in other encodings):
+b is block_size. kind says what c_j is (theta is a factor here, not the base of frequencies, as in other encodings):
 
     ld    linearly dependent: c_j = theta_xj x + theta_yj y, theta learned and shared by the heads
     ap    axial partition: c_0 = x, c_1 = y, c_2 = x, and so on
@@ -27,21 +28,22 @@ The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
                          commute, and so scores ignore a shift of all positions
     oblique              ld: a block can respond to a direction that is not along an axis; ap: it knows one axis only
 
-Channel layout (head_dim = 9, block_size = 4; free channels do not turn):
+Channel layout (head_dim = 9, block_size = 4; free: left over, not turned):
 
     channel   0   1   2   3   4   5   6   7   8
-             | exp(c_0 B_0)  | exp(c_1 B_1)  |free
+             | exp(c_0 A_0)  | exp(c_1 A_1)  |free
 
-ComRoPE is Mixed RoPE in a learned basis, exp(c B) = Q diag(rot(c l_0), rot(c l_1), ...) Q^T, where the projections of q
-and k can absorb Q, and pairs of a block share a direction, in all heads. It can express less; it may train differently.
+ComRoPE is Mixed RoPE in a learned basis: exp(c A) = V diag(rot(c l_0), rot(c l_1), ...) V^T, where +-i l are the
+eigenvalues of A. The projections of q and k can absorb V, and the pairs of a block share a direction, the same in all
+heads. So it can express less; it may train differently.
 
 Parameters are blocks, P (num_heads, D // b, b, b) from N(0, 1 / (2 pi)^2), and theta (M, D // b) from N(0, 1). Exempt
-both from weight decay. pos_dim=M gives M axes, of which block j of ap has axis j mod M. To fine-tune a model that was
-trained without ComRoPE, start with R = I: rope.blocks.data.zero_().
+both from weight decay, and keep them in float32. pos_dim=M gives M axes, of which block j of ap has axis j mod M. To
+fine-tune a model that was trained without ComRoPE, start with R = I: rope.blocks.data.zero_().
 
-The backward pass keeps all steps of one exponential per axis and distinct |coordinate| (compiled: per token);
-torch.utils.checkpoint trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless
-you set torch._functorch.config.backward_pass_autocast = "off".
+The backward pass keeps all steps of one exponential per axis and distinct |coordinate| (compiled, or off a grid: per
+token); torch.utils.checkpoint trades that memory for time. Compiled under autocast, exponentials have bfloat16
+gradients unless you set torch._functorch.config.backward_pass_autocast = "off".
 
 Source: arXiv 2506.03737. This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings
 for vision" (MIT License).
@@ -99,12 +101,12 @@ class ComRoPE(nn.Module):
         """The blocks of R, (H, T, K, b, b) or (B, H, T, K, b, b), with K = D // b."""
         dtype = torch.promote_types(dtype, torch.float32)
         p, P, theta = pos.to(dtype), self.blocks.to(dtype), self.factors(dtype)
-        B = P - P.mT  # (H, K, b, b)
+        A = P - P.mT  # (H, K, b, b)
         with no_autocast(pos):
             if has_few_coordinates(p):
-                R = shared_exponentials(p, theta, B)  # the same in fewer exponentials, for positions on a grid
+                R = shared_exponentials(p, theta, A)  # the same in fewer exponentials, for positions on a grid
             else:
-                S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, B)  # c B
+                S = torch.einsum("...tm,mk,hkij->...htkij", p, theta, A)  # c A
                 R = skew_exp(S)  # torch.matrix_exp(S.contiguous()), but about twice as fast
         return R
 
@@ -146,12 +148,12 @@ def has_few_coordinates(p):
     return is_constant(p) and p.shape[-1] * len(p.abs().unique()) < p[..., 0].numel()
 
 
-def shared_exponentials(p, theta, B):
-    """exp(theta_x x B) exp(theta_y y B), from one exponential for each axis and distinct |x| or |y|."""
-    M, (size, index) = p.shape[-1], p.abs().unique(return_inverse=True)
-    E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", size, theta, B))
+def shared_exponentials(p, theta, A):
+    """exp(theta_x x A) exp(theta_y y A), from one exponential for each axis and distinct |x| or |y|."""
+    M, (r, index) = p.shape[-1], p.abs().unique(return_inverse=True)
+    E = skew_exp(torch.einsum("n,mk,hkij->mhnkij", r, theta, A))
     E = torch.cat([E, E.mT], dim=2)  # exp(-S) = exp(S)^T
-    index = index + len(size) * (p < 0)
+    index = index + len(r) * (p < 0)
     R = E[0].index_select(1, index[..., 0].flatten())
     for m in range(1, M):
         R = R @ E[m].index_select(1, index[..., m].flatten())
@@ -183,7 +185,7 @@ def skew_exp(S):
 
 
 def is_constant(x):
-    """Whether x has no derivatives, and values that Python can read. Not if compiled, traced, in vmap, fake or meta."""
+    """Whether x has no derivatives and Python can read its values. False if compiled, traced, in vmap, fake or meta."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or unpack_dual(x).tangent is not None:
         return False
     try:
@@ -199,11 +201,11 @@ def no_autocast(x):
 
 def check(rope, pos, *tensors):
     """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
-    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
+    heads, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     for x in tensors:
-        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
-        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
-            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+        B, H, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or H % heads or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {heads}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
             raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 

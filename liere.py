@@ -6,9 +6,10 @@ a larger skew-symmetric matrix, whose exponential turns many channels at once: a
     x = torch.linspace(-torch.pi, torch.pi, 14)           # a training image of 14 x 14 patches: [-pi, pi] on each axis
     pos = torch.cartesian_prod(x, x).flip(-1)             # (T, 2): x, y of each patch, row by row
     rope = LieRE(head_dim=64, num_heads=6, block_size=8)  # one for each attention layer
-    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)      # q, k (B, H, T, D): transpose (B, T, H, D) first
+    q, k = torch.randn(2, 8, 6, 196, 64)                  # each (batch B, heads H, tokens T, head_dim D)
+    q, k = rope(q, k, pos)                                # transpose (B, T, H, D) first
 
-In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
+An image of 28 x 28 patches spans [-2 pi, 2 pi], and so on (arXiv 2511.08368): its patches are slightly closer together.
 
 A token at p = (x, y) has its query and its key multiplied by
 
@@ -22,15 +23,15 @@ The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
                          larger ones generically not
     oblique              a block can respond to a direction that is not along an axis
 
-Channel layout (head_dim = 9, block_size = 4: A_m is block-diagonal; free channels do not turn):
+Channel layout (head_dim = 9, block_size = 4: A_m is block-diagonal; free: left over, not turned):
 
     channel   0   1   2   3   4   5   6   7   8
              | first block   | second block  |free
 
 With blocks of 2, LieRE is Mixed RoPE. If A_x and A_y commute, it is Mixed RoPE in another basis of the channels; in one
 dimension, that is always so (van de Geijn et al. 2025, propositions 1 and 2, arXiv 2511.08368). The parameter is
-generators, the entries of U row by row, drawn from U[0, 1), in radians per unit of position. Exempt it from weight
-decay. pos_dim=M gives M axes.
+generators, the entries of U_m above the diagonal, row by row, drawn from U[0, 1), in radians per unit of position.
+Exempt it from weight decay, and keep it in float32. pos_dim=M gives M axes.
 
 The backward pass keeps all steps of one exponential per distinct +-p (compiled: per token); torch.utils.checkpoint
 trades that memory for time. Compiled under autocast, exponentials have bfloat16 gradients unless you set
@@ -129,11 +130,11 @@ def turn(x, R):
 def distinct(pos):
     """pos (..., M) -> its distinct positions up to sign, p (N, M), and an index (...): n for p[n], N + n for -p[n].
 
-    If pos is not constant, all positions count as distinct, and the index is None.
+    Unless is_constant(pos), all positions count as distinct, and the index is None.
     """
     if not is_constant(pos):
         return pos, None
-    pos = pos.where(pos.isfinite(), math.inf)  # NaN has no place in an order
+    pos = pos.where(pos.isfinite(), math.inf)  # NaN would spoil the order in unique
     sign = pos.sign()
     sign = sign.gather(-1, sign.abs().argmax(dim=-1, keepdim=True))  # that of the first nonzero coordinate
     p, index = (pos * sign).flatten(0, -2).unique(dim=0, return_inverse=True)
@@ -165,7 +166,7 @@ def skew_exp(S):
 
 
 def is_constant(x):
-    """Whether x has no derivatives, and values that Python can read. Not if compiled, traced, in vmap, fake or meta."""
+    """Whether x has no derivatives and Python can read its values. False if compiled, traced, in vmap, fake or meta."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or unpack_dual(x).tangent is not None:
         return False
     try:
@@ -181,11 +182,11 @@ def no_autocast(x):
 
 def check(rope, pos, *tensors):
     """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
-    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
+    heads, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     for x in tensors:
-        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
-        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
-            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+        B, H, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or H % heads or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {heads}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
             raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 

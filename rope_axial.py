@@ -3,16 +3,17 @@
 RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. In an image, half of
 the pairs turn with x and the other half with y:
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)       # a training image of 14 x 14 patches: [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)         # (T, 2): x, y of each patch, row by row
-    rope = AxialRoPE(head_dim=64, num_heads=6)        # one for each attention layer
-    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
+    x = torch.linspace(-torch.pi, torch.pi, 14)  # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)    # (T, 2): x, y of each patch, row by row
+    rope = AxialRoPE(head_dim=64, num_heads=6)   # one for each attention layer
+    q, k = torch.randn(2, 8, 6, 196, 64)         # each (batch B, heads H, tokens T, head_dim D)
+    q, k = rope(q, k, pos)                       # transpose (B, T, H, D) first
 
-In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
+An image of 28 x 28 patches spans [-2 pi, 2 pi], and so on (arXiv 2511.08368): its patches are slightly closer together.
 
 A token at p = (x, y) has its query and its key multiplied by
 
-    R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(w_0 y), rot(w_1 y), ...)     rot(t) = [[cos t, -sin t], [sin t, cos t]]
+    R(p) = diag(rot(w_0 x), rot(w_1 x), ..., rot(v_0 y), rot(v_1 y), ...)     rot(t) = [[cos t, -sin t], [sin t, cos t]]
 
 rot(t) is exp(t J) for J = [[0, -1], [1, 0]]; the exponential of a larger skew-symmetric matrix turns more channels at
 once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
@@ -22,19 +23,20 @@ once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
     equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
     not oblique          a pair knows one axis only, and so a score is f(x' - x) + g(y' - y)
 
-Channel layout (head_dim = 10; pairs are neighbours, not halves as in rotate_half; free channels do not turn):
+Channel layout (head_dim = 10; pairs are neighbours, not halves as in rotate_half; free: left over, not turned):
 
     channel   0   1   2   3   4   5   6   7   8   9
-             | w_0 x | w_1 x | w_0 y | w_1 y |  free |
+             | w_0 x | w_1 x | v_0 y | v_1 y |  free |
 
-Frequencies w are in radians per unit of position:
+Frequencies w, v are in radians per unit of position:
 
-    fixed      w_d = theta^(-2d / D), d = 0, 1, ..., D // 4 - 1, D = head_dim: the same for all heads and axes
-    uniform    w_d = 1: one turn across the training image
-    learned    one for each head, axis and pair, drawn from U[0, 1); exempt freqs from weight decay
+    fixed      w_d = v_d = theta^(-2d / D), d = 0, 1, ..., D // 4 - 1, D = head_dim: the same for all heads
+    uniform    w_d = v_d = 1: one turn across the training image
+    learned    one for each head, axis and pair, from U[0, 1); exempt freqs from weight decay, and keep it in float32
 
-RoPE-ViT's encoding is AxialRoPE(theta=100**2) with positions that count patches: its fastest pair turns by 1 radian per
-patch. Here that is 0.48 if training images have 14 patches per side, and 0.1 for 64. pos_dim=M gives M axes.
+Heo et al.'s RoPE-ViT has AxialRoPE(theta=100**2) with positions that count patches: its fastest pair turns by 1 radian
+per patch. With [-pi, pi] that is 0.48 if training images have 14 patches per side, and 0.1 for 64. pos_dim=M gives M
+axes.
 
 Source: van de Geijn et al. 2025 (arXiv 2511.08368), section 2.4, proposition 3. This file stands alone, needs torch 2.3
 or newer, and is part of "Rotary position encodings for vision" (MIT License).
@@ -87,14 +89,14 @@ class AxialRoPE(nn.Module):
         return turn(x, self.table(pos, x.dtype))
 
     def table(self, pos, dtype):
-        """Cosine and sine of each pair's angle w x or w y: (1 or num_heads, T, M * pairs, 2), or (B, ...)."""
+        """Cosine and sine of each pair's angle w x or v y: (1 or num_heads, T, M * pairs, 2), or (B, ...)."""
         dtype = torch.promote_types(dtype, torch.float32)
-        w = self.frequencies(dtype, pos.device)
-        angle = (pos.to(dtype)[..., None, :, :, None] * w[:, None]).flatten(-2)
+        freqs = self.frequencies(dtype, pos.device)
+        angle = (pos.to(dtype)[..., None, :, :, None] * freqs[:, None]).flatten(-2)
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w (1 or num_heads, M, pairs). Fixed ones are not stored, so no cast can round them."""
+        """w, v (1 or num_heads, M, pairs). Fixed ones are not stored, so no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.pairs, dtype=dtype, device=device)
@@ -140,11 +142,11 @@ def as_complex(z):
 
 def check(rope, pos, *tensors):
     """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
-    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
+    heads, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     for x in tensors:
-        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
-        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
-            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+        B, H, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or H % heads or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {heads}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
             raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 

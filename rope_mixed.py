@@ -6,9 +6,10 @@ position is a vector p = (x, y), as is each frequency w: the angle becomes w . p
     x = torch.linspace(-torch.pi, torch.pi, 14)          # a training image of 14 x 14 patches: [-pi, pi] on each axis
     pos = torch.cartesian_prod(x, x).flip(-1)            # (T, 2): x, y of each patch, row by row
     rope = MixedRoPE(head_dim=64, num_heads=6, grid=14)  # one for each attention layer
-    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)     # q, k (B, H, T, D): transpose (B, T, H, D) first
+    q, k = torch.randn(2, 8, 6, 196, 64)                 # each (batch B, heads H, tokens T, head_dim D)
+    q, k = rope(q, k, pos)                               # transpose (B, T, H, D) first
 
-In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
+An image of 28 x 28 patches spans [-2 pi, 2 pi], and so on (arXiv 2511.08368): its patches are slightly closer together.
 
 A token at p has its query and its key multiplied by
 
@@ -22,10 +23,10 @@ once. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
     equivariant          R(p)^T R(p') = R(p' - p) for all p and p': scores ignore a shift of all positions
     oblique              a pair can respond to a direction that is not along an axis
 
-Every equivariant R(p) = exp(x A_x + y A_y) is Mixed RoPE in another basis of the channels (van de Geijn et al. 2025,
-proposition 2). Axial RoPE is the case where each w_x or w_y is 0.
+Every equivariant R(p) = exp(x A_x + y A_y), A_x and A_y skew-symmetric, is Mixed RoPE in another basis of the channels
+(van de Geijn et al. 2025, proposition 2). In Axial RoPE, each pair has w_x = 0 or w_y = 0.
 
-Channel layout (head_dim = 7; pairs are neighbours, not halves as in rotate_half; free channels do not turn):
+Channel layout (head_dim = 7; pairs are neighbours, not halves as in rotate_half; free: left over, not turned):
 
     channel   0   1   2   3   4   5   6
              |w_0 . p|w_1 . p|w_2 . p|free
@@ -36,8 +37,9 @@ Frequencies w, in radians per unit of position, are learned for each head and pa
                |w| = theta^(-4d / D) radians per patch, times (grid - 1) / (2 pi) patches per unit of position
     uniform    U[0, 1), as in van de Geijn et al.
 
-grid is the number of patches per side of a training image, or None if positions count patches, as in RoPE-ViT. Exempt
-freqs from weight decay. pos_dim=M gives M axes, M directions, and |w| = theta^(-2Md / D).
+grid is the number of patches per side of a training image (8 by default), or None if positions count patches, as in
+RoPE-ViT. Exempt freqs from weight decay, and keep it in float32. pos_dim=M gives M axes, M directions, and |w| =
+theta^(-2Md / D).
 
 Source: arXiv 2403.13298; proposition 2: arXiv 2511.08368. This file stands alone, needs torch 2.3 or newer, and is part
 of "Rotary position encodings for vision" (MIT License).
@@ -109,7 +111,8 @@ class MixedRoPE(nn.Module):
     def table(self, pos, dtype):
         """Cosine and sine of each pair's angle w . p: (num_heads, T, pairs, 2) or (B, num_heads, T, pairs, 2)."""
         dtype = torch.promote_types(dtype, torch.float32)
-        angle = (pos.to(dtype)[..., None, :, :, None] * self.freqs.to(dtype)[:, None]).sum(dim=-2)  # w . p
+        w = self.freqs.to(dtype)
+        angle = (pos.to(dtype)[..., None, :, :, None] * w[:, None]).sum(dim=-2)  # w . p; autocast would round a matmul
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def rotation(self, pos):
@@ -151,11 +154,11 @@ def as_complex(z):
 
 def check(rope, pos, *tensors):
     """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
-    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
+    heads, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     for x in tensors:
-        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
-        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
-            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+        B, H, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or H % heads or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {heads}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
             raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 

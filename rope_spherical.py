@@ -2,14 +2,15 @@
 
 RoPE in one dimension turns each pair of channels by an angle w x, where x is the token's position. Here each triplet
 turns twice: its last two channels with y, then its first two with x. The turns share a channel, so their order matters,
-and equivariance is lost. It was made to test whether vision needs equivariance, beside Mixed RoPE, which has it.
+and equivariance is lost. It was designed to test whether vision needs equivariance, against Mixed RoPE, which has it.
 
-    x = torch.linspace(-torch.pi, torch.pi, 14)       # a training image of 14 x 14 patches: [-pi, pi] on each axis
-    pos = torch.cartesian_prod(x, x).flip(-1)         # (T, 2): x, y of each patch, row by row
-    rope = SphericalRoPE(head_dim=64, num_heads=6)    # one for each attention layer
-    q, k = rope(*torch.randn(2, 8, 6, 196, 64), pos)  # q, k (B, H, T, D): transpose (B, T, H, D) first
+    x = torch.linspace(-torch.pi, torch.pi, 14)     # a training image of 14 x 14 patches: [-pi, pi] on each axis
+    pos = torch.cartesian_prod(x, x).flip(-1)       # (T, 2): x, y of each patch, row by row
+    rope = SphericalRoPE(head_dim=64, num_heads=6)  # one for each attention layer
+    q, k = torch.randn(2, 8, 6, 196, 64)            # each (batch B, heads H, tokens T, head_dim D)
+    q, k = rope(q, k, pos)                          # transpose (B, T, H, D) first
 
-In other images, P patches per side span [-pi P/14, pi P/14] (arXiv 2511.08368): slightly closer if P is larger.
+An image of 28 x 28 patches spans [-2 pi, 2 pi], and so on (arXiv 2511.08368): its patches are slightly closer together.
 
 A token at p = (x, y) has its query and its key multiplied by
 
@@ -19,16 +20,16 @@ A token at p = (x, y) has its query and its key multiplied by
     yaw(u) =  [sin u   cos u  0]     roll(t) =  [0  cos t  -sin t]
               [  0       0    1]                [0  sin t   cos t]
 
-Both are exponentials: where RoPE's rot(t) is exp(t J), J = [[0, -1], [1, 0]], roll(t) and yaw(u) have two larger
+Both are exponentials: where RoPE's rot(t) is exp(t J), J = [[0, -1], [1, 0]], roll(t) and yaw(u) use larger
 skew-symmetric matrices, which do not commute. The score of a query q at p and a key k at p' is q^T R(p)^T R(p') k. R is
 
     the identity at 0    R(0) = I: tokens at 0 (class token, padding) do not turn
     orthogonal           R(p)^T R(p) = I: norms are kept
-    not equivariant      in each triplet R(p)^T R(p') = roll(-v y) yaw(w (x' - x)) roll(v y'): scores ignore a shift of
-                         all positions along x, but not along y (unless v = 0 or w = 0)
+    not equivariant      R(p)^T R(p') is not R(p' - p): in each triplet it is roll(-v y) yaw(w (x' - x)) roll(v y'), so
+                         scores ignore a shift of all positions along x, but not along y (unless v = 0 or w = 0)
     oblique              a triplet can respond to a direction that is not along an axis
 
-Channel layout (head_dim = 7; triplets are neighbours; free channels do not turn):
+Channel layout (head_dim = 7; triplets are neighbours; free: left over, not turned):
 
     channel   0   1   2   3   4   5   6
     yaw, x   | w_0 x |   | w_1 x |  free
@@ -37,7 +38,7 @@ Channel layout (head_dim = 7; triplets are neighbours; free channels do not turn
 Frequencies w, v are in radians per unit of position:
 
     fixed      w_d = v_d = theta^(-2d / D), d = 0, 1, ..., D // 3 - 1, D = head_dim: the same for all heads
-    learned    one for each head, axis and triplet, drawn from U[0, 1); exempt freqs from weight decay
+    learned    one for each head, axis and triplet, from U[0, 1); exempt freqs from weight decay, and keep it in float32
 
 Source: arXiv 2511.08368, whose equations have this order of roll and yaw (the caption of its figure 2 has the other).
 This file stands alone, needs torch 2.3 or newer, and is part of "Rotary position encodings for vision" (MIT License).
@@ -91,12 +92,12 @@ class SphericalRoPE(nn.Module):
     def table(self, pos, dtype):
         """Cosine and sine of yaw and roll, u = w x and t = v y: (1 or num_heads, T, 2, triplets, 2), or (B, ...)."""
         dtype = torch.promote_types(dtype, torch.float32)
-        w = self.frequencies(dtype, pos.device)
-        angle = pos.to(dtype)[..., None, :, :, None] * w[:, None]
+        freqs = self.frequencies(dtype, pos.device)
+        angle = pos.to(dtype)[..., None, :, :, None] * freqs[:, None]
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     def frequencies(self, dtype=torch.float32, device=None):
-        """w and v (1 or num_heads, 2, triplets). Fixed ones are not stored, so no cast can round them."""
+        """w, v (1 or num_heads, 2, triplets). Fixed ones are not stored, so no cast can round them."""
         if self.learned:
             return self.freqs.to(dtype)
         d = torch.arange(self.triplets, dtype=dtype, device=device)
@@ -140,11 +141,11 @@ def turn(x, table):
 
 def check(rope, pos, *tensors):
     """Raise a ValueError that names the expected shapes, unless pos and the tensors have them."""
-    H, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
+    heads, D, M = rope.num_heads, rope.head_dim, rope.pos_dim
     for x in tensors:
-        B, heads, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
-        if channels != D or heads % H or tuple(pos.shape) not in ((T, M), (B, T, M)):
-            expected = f"(B, H, T, D), H a multiple of {H}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
+        B, H, T, channels = x.shape if x.dim() == 4 else ("B", "H", "T", "D")
+        if channels != D or H % heads or tuple(pos.shape) not in ((T, M), (B, T, M)):
+            expected = f"(B, H, T, D), H a multiple of {heads}, D = {D}, and pos ({T}, {M}) or ({B}, {T}, {M})"
             raise ValueError(f"q or k must be {expected}, got {tuple(x.shape)} and {tuple(pos.shape)}")
 
 

@@ -55,8 +55,8 @@ FLAGS = {  # whose defaults depend on the data set or --init: type or choices, d
     "lr": (POSITIVE, None, "peak learning rate; lamb 0.004, adamw 0.001; --init: a tenth, too low for a new --pe"),
     "warmup_epochs": (NOT_NEGATIVE, 1, "epochs of linear warm-up, at most a fifth of --epochs"),
     "weight_decay": (NOT_NEGATIVE, 0.05, "of linear layers"),
-    "jitter": (NOT_NEGATIVE, 0.0, "s.d. of an offset of each patch, in patches"),
-    "shift": (NOT_NEGATIVE, 0.0, "s.d. of an offset of all tokens, in patches"),
+    "jitter": (NOT_NEGATIVE, 0.0, "s.d. of a random offset per patch, in patches"),
+    "shift": (NOT_NEGATIVE, 0.0, "s.d. of one random offset for all tokens, in patches"),
     "patch_size": (COUNT, 4, "patch size in pixels"),
     "depth": (COUNT, 2, "blocks"),
     "heads": (COUNT, 4, "attention heads"),
@@ -160,7 +160,7 @@ def train(args):
     vit_options = {name: getattr(args, name) for name in VIT_FLAGS} | args.pe_options
     vit_options |= {"num_heads": args.heads, "layer_scale": args.layer_scale or None}
     vit_options |= {"img_size": data.img_size, "num_classes": int(data.num_classes)}
-    if args.init:  # whose img_size is the one that positions refer to, also for images of another size
+    if args.init:  # positions refer to that model's img_size, even for images of another size
         start, weights = read_weights(args.out if args.resume else args.init, args.heads)
         vit_options |= {name: start[name] for name in ("img_size", "mlp_ratio") if name in start}
         if data.img_size % args.patch_size:

@@ -1,13 +1,13 @@
 """A small Vision Transformer, and the table of position encodings by name.
 
-The model is standard (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, LayerScale,
-stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state dict loads unchanged and gives the same
-outputs. (timm's global_pool="avg" with class_token=False is pool="mean".)
+The model is standard (Dosovitskiy et al. 2020; Touvron et al. 2022): pre-norm blocks, a class token, and, if asked for,
+LayerScale and stochastic depth. Parameters have timm's names: with pe="ape" a timm ViT's state dict loads unchanged and
+gives the same outputs. (timm's global_pool="avg" with class_token=False is pool="mean".)
 
 A rotary encoding rotates q and k in each attention layer, given the positions of the tokens. The patch grid of a
 training image spans [-pi, pi] on each axis, end points included. The class token sits at (0, 0), the centre, where
-every rotation is the identity. Other image sizes keep the patch size: P patches per side, P0 in training, span
-[-(P / P0) pi, (P / P0) pi]. (So neighbours are slightly closer together in larger images.)
+every rotation is the identity. Other image sizes keep the patch size: n patches per side, n0 in training, span
+[-(n / n0) pi, (n / n0) pi]. (So neighbours are slightly closer together in larger images.)
 
 That is pos_unit="image". With pos_unit="patch", as in RoPE-ViT (Heo et al. 2024), positions count patches from the
 first one, at (0, 0), at any size, and the class token sits there too. RoPE-ViT's public weights need this unit.
@@ -30,9 +30,9 @@ from rope_spherical import SphericalRoPE
 
 # A new encoding is one file and one line here. Its class is called once per layer with head_dim and num_heads and has
 # forward(q, k, pos), rotate(x, pos) and rotation(pos), like the others, and reset_parameters() if it learns something.
-# Options are keyword-only; one named grid receives the patches per side, or None if positions count patches. The file's
-# docstring says whether it is equivariant, and the tests check that. "none" and "ape" (a learned absolute embedding)
-# leave q and k alone.
+# Options are keyword-only; an option named grid receives the patches per side, or None if positions count patches. The
+# file's docstring says whether it is equivariant, and the tests check that. "none" and "ape" (a learned absolute
+# embedding) leave q and k alone.
 ENCODINGS = {
     "none": None,
     "ape": None,
@@ -108,18 +108,11 @@ class ViT(nn.Module):
         make_rope = ENCODINGS[pe]
         if make_rope is None and pe_options:
             raise TypeError(f"{pe} has no options, got {', '.join(pe_options)}")
-        if make_rope is not None and "grid" in signature(make_rope).parameters:  # initialised in units of patches
+        if make_rope is not None and "grid" in signature(make_rope).parameters:  # Mixed RoPE's start per patch
             pe_options = {"grid": self.grid if pos_unit == "image" else None} | pe_options
+        options = {"mlp_ratio": mlp_ratio, "dropout": dropout, "drop_path": drop_path, "layer_scale": layer_scale}
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                num_heads,
-                make_rope and make_rope(head_dim, num_heads, **pe_options),
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                drop_path=drop_path,
-                layer_scale=layer_scale,
-            )
+            Block(dim, num_heads, make_rope and make_rope(head_dim, num_heads, **pe_options), **options)
             for _ in range(depth)
         )
         # timm's two names: norm is applied before the class token is read, fc_norm after the mean is taken
@@ -130,13 +123,13 @@ class ViT(nn.Module):
 
     def reset_parameters(self):
         """Draw all parameters anew, as the constructor does: for wrappers that build a model on the meta device."""
-        for module in list(self.modules())[1:]:
+        for module in list(self.modules())[1:]:  # all but self
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         self.init_weights()
 
     def init_weights(self):
-        """What differs from torch's defaults, as in timm."""
+        """Initialise weights as in timm, where that differs from torch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -203,7 +196,7 @@ class ViT(nn.Module):
 
 
 def grid_axis(n, n0, device=None):
-    """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; a single one is 0. Or 0, 1, ..., n - 1."""
+    """n coordinates, centred on 0, that span [-(n / n0) pi, (n / n0) pi]; 0 if n = 1. Without n0: 0, 1, ..., n - 1."""
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 would round positions
     if n0 is None:
         return torch.arange(n, dtype=dtype, device=device)

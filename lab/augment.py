@@ -153,7 +153,7 @@ def mix(images, labels, num_classes):
 def noisy_positions(model, grid, jitter=0.0, shift=0.0):
     """Positions (T, 2) of grid x grid patches for a ViT, with noise. jitter, shift: standard deviations in patches.
 
-    jitter moves each patch by itself, clamped to its place, and no class token (Yu et al. 2025, section 3.4.2). shift
+    jitter moves each patch by itself, by up to half a patch, but no class token (Yu et al. 2025, section 3.4.2). shift
     moves all tokens together. Drawn once per step for the whole batch.
     """
     pos = model.positions(grid, grid)

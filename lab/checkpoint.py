@@ -4,7 +4,7 @@
     content = to_bytes(snapshot(state))
     give_back(state, from_bytes(content))
 
-Saving asks whatever has a state_dict for it, and takes the rest as it is. Reading runs no code from the file.
+Saving calls state_dict() where there is one, and takes the rest as it is. Reading runs no code from the file.
 """
 
 import io
@@ -48,7 +48,7 @@ def snapshot(x):
 
 @torch.no_grad()
 def give_back(x, saved):
-    """The inverse: x with what was saved of it, the same object wherever an object can be changed."""
+    """The inverse: restore x from its snapshot, in place wherever possible."""
     if isinstance(x, torch.optim.Optimizer):
         x.load_state_dict(saved)
         restore_moments(x, saved["state"])
@@ -72,8 +72,8 @@ def give_back(x, saved):
 def restore_moments(optimizer, saved):
     """Give an optimizer's tensors the dtype they had, and moments the memory layout of their parameters.
 
-    load_state_dict casts all to the parameters' dtype, and fused kernels check neither shapes nor strides. Which of an
-    optimizer's tensors are like parameters is its own business: here, those of a name that fits most parameters.
+    load_state_dict casts all to the parameters' dtype, and fused kernels check neither shapes nor strides. An optimizer
+    does not say which tensors are moments: here, a name counts if most of its tensors have their parameter's shape.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {}  # by name: parameter, and tensor

@@ -16,7 +16,7 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(args):
-    """A ValueError in the block is the user's, and says what to do. Options that args has become flags in it."""
+    """Turn a ValueError in the block into a UserError. Names of options in args become flags in its message."""
     try:
         yield
     except ValueError as e:
@@ -41,8 +41,8 @@ def one_line_errors(main):
             if (why := explanation(e)) is None:
                 raise
             print("error:", " ".join(why.split()), file=sys.stderr)
-            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # __del__ of what is half-built may complain
-            e.__traceback__ = e.__cause__ = e.__context__ = None  # which runs it here
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # half-built objects may complain in __del__
+            e.__traceback__ = e.__cause__ = e.__context__ = None  # frees them, so that __del__ runs here
             sys.unraisablehook = hook
             return e.code if isinstance(e, UserError) else 2
 

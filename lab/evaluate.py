@@ -9,7 +9,7 @@
 
 Prints accuracies (%) and saves them in each run's evaluation.json.
 
-Shifts are drawn from N(0, rho^2) for x and y, rho in patches, anew for every five images, by the run's seed.
+Shifts are drawn from N(0, rho^2) for x and y (rho in patches), one for every five images, from the run's seed.
 Equivariant encodings ignore a shift of all positions (Yu et al. 2025, figure 5), but not if the class token, the point
 of reference, stays behind. The accuracy lost to shuffling shows how much a model relies on positions (Ostmeier et al.
 2024, table 5).
@@ -105,7 +105,7 @@ def evaluate(run, args):
 def evaluations(model, data, labels, seed, args):
     """Yield each kind of evaluation: its name and a dict of accuracies (%).
 
-    labels: the model's, for each class of the data; seed: of what is drawn
+    labels: the model's label for each class of the data; seed: for random draws
     """
     patch, rotary = model.patch_embed.proj.stride[0], model.blocks[0].attn.rope is not None
     grid = data.img_size // patch  # patches per side

@@ -50,7 +50,7 @@ FREQUENCIES = [
     for theta, scale in RANGES
     for run in each(["axial", "spherical"], [seed], dataset="bearing-corner", pool="mean")
 ]
-# Trained under shifts of all positions: what do encodings pay for learning what the equivariant ones are born with?
+# Trained under shifts of all positions: what does it cost to learn what is built into equivariant encodings?
 NOT_EQUIVARIANT = "spherical", "spherical-learned", "liere"
 SHIFT = each(NOT_EQUIVARIANT, range(6), dataset="bearing-corner", pool="mean", shift=4)
 SHIFT += [run | {"dataset": "cifar100", "shift": 4} for run in SMALL if run["pe"] in NOT_EQUIVARIANT]

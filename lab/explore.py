@@ -178,7 +178,7 @@ class Encodings(Page):
         self.show()
 
     def turned(self, rope, at):
-        """The query, or an equal key, at positions at (T, 2), in patches: (T, D). A factor on them is one on angles."""
+        """The query, or an equal key, at positions at (T, 2), in patches: (T, D). Scaling them scales the angles."""
         pos = self.sliders[2].val * PATCH * at.to(self.z.dtype)
         return rope.rotate(self.z.expand(1, 1, len(at), -1), pos)[0, 0]
 
@@ -215,7 +215,7 @@ class Column:
 
 
 def chosen(names):
-    """{name: encoding}: those named, or all. LieRE's whole head in one group is too slow to drag unless it is named."""
+    """{name: encoding}: those named, or all. LieRE's whole head in one group must be named: it is slow to drag."""
     with user_errors(()):
         ropes = encodings(HEAD_DIM)
     return {n: rope for n, rope in ropes.items() if (n.partition(",")[0] in names if names else n != "liere")}

@@ -3,9 +3,9 @@
     python -m lab.figures            # the encodings at initialisation, and lab/results/bearing-*.csv
     python -m lab.figures runs/*     # runs that differ in encoding and seed: curves, frequencies, sizes, shifts, cost
 
-The first command writes attention, order, moving-query (a GIF), frequencies, equivariance, bearing-corner,
-bearing-control and bearing-frequencies into lab/figures/, the second one curves, learned-frequencies, sizes, shifts and
-cost into figures/, which git ignores, as PNGs. Sizes and shifts need the results of lab.evaluate. With several seeds,
+The first command writes PNGs into lab/figures/: attention, order, moving-query (a GIF), frequencies, equivariance,
+bearing-corner, bearing-control and bearing-frequencies. The second one writes curves, learned-frequencies, sizes,
+shifts and cost into figures/, which git ignores. Sizes and shifts need the results of lab.evaluate. With several seeds,
 lines show the mean and bands the range. Each picture is a function that returns a Figure, or None if there is nothing
 to show. Figure numbers are those of the paper (van de Geijn et al. 2025, arXiv 2511.08368).
 """
@@ -96,7 +96,7 @@ def titled(title, height, width=9):
 def attention():
     """Scores of a query in the centre: axial groups show stripes along an axis, others oblique waves (figure 1)."""
     n, ropes = 81, encodings(48)
-    figure = titled("Groups of axial encodings and comrope-ap vary along one axis, others need not", 4.2)
+    figure = titled("In axial encodings and comrope-ap a group varies along one axis, in others it need not", 4.2)
     rows = figure.subplots(4, len(ropes), gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for column, (name, rope) in zip(rows.T, ropes.items(), strict=True):
         *groups, head = patterns(rope, grid(n, 2 * math.pi).float()).view(-1, n, n)

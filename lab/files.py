@@ -61,7 +61,7 @@ def locked(folder, wait=False):
 
 
 def plain(x):
-    """What JSON can hold, as it is; of the rest its text, without the address, which differs from start to start."""
+    """Keep what JSON can hold; replace the rest by its text, without the address, which differs between runs."""
     if isinstance(x, dict):
         return {name: plain(part) for name, part in x.items()}
     try:

@@ -40,7 +40,7 @@ def main(argv=None):
                     step(deadline)
                     outcomes.append(f"{step.__name__}: done")
                 except Failed as e:
-                    outcomes.append(f"{step.__name__}: {e}, please report what stands above")
+                    outcomes.append(f"{step.__name__}: {e}, please report the output above")
                     code = 1
     except Stopped as e:  # at the deadline or by a signal
         outcomes.append(f"{step.__name__}: {e}")

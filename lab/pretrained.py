@@ -1,13 +1,13 @@
-"""Make a run's folder of a ViT for ImageNet that others have trained and published.
+"""Make a run folder from a published ViT for ImageNet.
 
     python -m lab.pretrained model.safetensors --out runs/mixed-small
     python -m lab.evaluate runs/mixed-small --data-dir DIR --sizes 160 224 320 --shift
     python train.py --init runs/mixed-small --out runs/mine --dataset imagenet --data-dir DIR --epochs 5 --opt adamw
 
-Known are the twelve RoPE-ViTs of Heo et al. 2024 (small, base and large; axial and mixed; with and without an absolute
+It accepts the twelve RoPE-ViTs of Heo et al. 2024 (small, base and large; axial and mixed; with and without an absolute
 embedding) and plain ViTs, from timm (model.safetensors or pytorch_model.bin) or from the authors (.pth). Images are
 normalised by ImageNet's mean and standard deviation, as RoPE-ViT's are; some plain ViTs want 0.5 for both. For other
-sizes, absolute embeddings are resampled with antialiasing, as in timm; the authors' code has none.
+sizes, absolute embeddings are resampled with antialiasing, as in timm; the authors' code does without it.
 """
 
 import sys

@@ -92,7 +92,7 @@ def seeds(name, **flags):
 
 
 def sizes(name, *beside, pooled=False, **more):
-    """The columns of accuracies as trained, others beside them, at other sizes, and with more titles of columns."""
+    """Columns of accuracies: as trained, those in beside, at other sizes, and those in more (title: column)."""
     titles = {f"{size} px": f"size {size}" for size in (24, 48, 64)} | more
     found = [(title, measured(name, column)) for title, column in titles.items()]
     as_trained = ("test", measured(name)), ("minus `axial`", minus(name, "axial", pooled))

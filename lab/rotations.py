@@ -94,7 +94,7 @@ def walk(rope, z, *steps):
 def frequencies(rope):
     """(w_x, w_y) of each head's groups (H or 1, 2, groups) in radians per unit of position; None if it has none.
 
-    A ComRoPE block is b / 2 pairs in another basis; its frequencies are the eigenvalues of theta_x B and theta_y B.
+    A ComRoPE block is b / 2 pairs in another basis; its frequencies are the eigenvalues of theta_x A and theta_y A.
     """
     if isinstance(rope, ComRoPE):
         w = torch.linalg.eigvalsh(1j * (rope.blocks - rope.blocks.mT))[..., (rope.block_size + 1) // 2 :]  # of w and -w

@@ -132,7 +132,7 @@ def read_of_run(path, config):
     found = read_json(path)
     if other := differing(found, config):
         names = ", ".join(f"{name} {found[name]}" for name in other)
-        raise UserError(f"{path} is of another run ({names}): delete it, and generate it again")
+        raise UserError(f"{path} belongs to another run ({names}): delete it, and generate it again")
     return found
 
 

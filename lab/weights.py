@@ -30,7 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_weights(path, heads=None, pe=None):
     """A run's folder, or a file of weights -> the options of their ViT, and its state dict.
 
-    heads and pe say what a file does not: the number of heads, unless they have 64 channels, and which of two alike.
+    heads: their number, needed unless they have 64 channels; pe: which encoding it is, if names and shapes fit two.
     """
     if path.is_dir() or path.name == "last.pt":
         saved = read_checkpoint(path if path.is_dir() else path.parent)
@@ -163,7 +163,7 @@ def start_from(model, weights, same_pe):
     same = {name for name, x in weights.items() if name in own and x.shape == own[name].shape}
     taken = {name: weights[name] for name in same if same_pe or ".rope." not in name}
     model.load_state_dict(own | taken)
-    print(f"Weights taken over: {len(taken)} of {len(own)}; drawn anew: {some(own.keys() - taken.keys())}")
+    print(f"Weights loaded: {len(taken)} of {len(own)}; newly drawn: {some(own.keys() - taken.keys())}")
 
 
 def some(names):

@@ -372,7 +372,7 @@ def test_the_error_of_a_wrong_shape_names_the_layout(encoding):
 @pytest.mark.parametrize("encoding", CLASSES)
 def test_the_lines_of_use_in_a_docstring_run_as_they_stand(encoding):
     usage = re.search(r"(?:^    (?!R\().* = .*\n)+", inspect.getmodule(encoding).__doc__, re.MULTILINE)[0]
-    assert usage.count("\n") == 4
+    assert usage.count("\n") == 5
     names = {"torch": torch, encoding.__name__: encoding}
     exec(inspect.cleandoc(usage), names)
     assert names["q"].shape == names["k"].shape == (8, 6, 196, 64)

@@ -162,7 +162,7 @@ def test_results_that_are_broken_or_of_another_run_are_refused(name, capsys):
         scripts.append((evaluate, ["run", "--shuffle"]))
     else:
         scripts.append((train, [*TINY, "--pe=axial", "--out=run", "--resume"]))
-    for content, says in (other, "is of another run (seed 1)"), ("[1", "is corrupt"), ("[1]", "is corrupt"):
+    for content, says in (other, "belongs to another run (seed 1)"), ("[1", "is corrupt"), ("[1]", "is corrupt"):
         Path(f"run/{name}.json").write_text(content, encoding="utf-8")
         for script, flags in scripts:
             assert f"run/{name}.json {says}" in complaint(capsys, script.main, *flags)
