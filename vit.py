@@ -187,7 +187,7 @@ class ViT(nn.Module):
 
     def interpolated_pos_embed(self, height, width):
         """The learned position embedding (1, T, dim), resampled to another grid as in timm."""
-        if not torch.compiler.is_compiling() and (height, width) == (self.grid, self.grid):
+        if not torch.compiler.is_compiling() and (height, width) == (self.grid, self.grid):  # compiled: one graph
             return self.pos_embed
         prefix, grid = self.pos_embed[:, : self.num_prefix_tokens], self.pos_embed[:, self.num_prefix_tokens :]
         grid = grid.mT.unflatten(-1, (self.grid, self.grid))
