@@ -91,12 +91,15 @@ def seeds(name, **flags):
     return lambda pe: str(sum(matches(row, flags | {"pe": pe}) for row in read(name)) or "")
 
 
-def sizes(name, *beside, pooled=False, **more):
-    """Columns of accuracies: as trained, those in beside, at other sizes, and those in more (title: column)."""
-    titles = {f"{size} px": f"size {size}" for size in (24, 48, 64)} | more
-    found = [(title, measured(name, column)) for title, column in titles.items()]
-    as_trained = ("test", measured(name)), ("minus `axial`", minus(name, "axial", pooled))
-    return [*as_trained, *beside, *found, ("seeds", seeds(name))]
+def accuracies(name, *more, pooled=False):
+    """The columns of accuracies as trained, and more columns."""
+    beside_axial = "minus `axial`", minus(name, "axial", pooled)
+    return [("test", measured(name)), beside_axial, *more, ("seeds", seeds(name))]
+
+
+def sizes(name):
+    """The columns of accuracies at other sizes."""
+    return [(f"{size} px", measured(name, f"size {size}")) for size in (24, 48, 64)]
 
 
 def shifts(name):
@@ -141,7 +144,6 @@ def published_minus_axial(pe):
     return pe in known and values("cifar100-medium", pe=pe) and f"{means[pe] - means['axial']:+.1f}"
 
 
-SHUFFLED = {"shuffled patches": "patches shuffled"}
 TABLES = {  # name: columns, each a title and a cell(pe), which returns None or "" if nothing was measured
     "table2": [
         ("400 epochs", measured("table2", epochs=400)),
@@ -153,10 +155,15 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{size} px", measured("table2", f"size {size}", epochs=50)) for size in (24, 28, 32, 40, 48, 56, 64)),
         ("seeds", seeds("table2", epochs=50)),
     ],
-    "cifar100-medium": sizes("cifar100-medium", ("in the paper", published_minus_axial), pooled=True, **SHUFFLED),
+    "cifar100-medium": accuracies(
+        "cifar100-medium",
+        ("in the paper", published_minus_axial),
+        *sizes("cifar100-medium"),
+        ("shuffled patches", measured("cifar100-medium", "patches shuffled")),
+        pooled=True,
+    ),
     "cifar100-medium-shifts": shifts("cifar100-medium"),
-    "cifar100-small": sizes("cifar100-small", pooled=True, **SHUFFLED),
-    "cifar100-small-shifts": shifts("cifar100-small"),
+    "cifar100-small": accuracies("cifar100-small", pooled=True),
     "cost": [
         ("on a GPU", cost("benchmark-cuda", "training step")),
         ("on a CPU", cost("benchmark-cpu", "training step")),
@@ -174,7 +181,7 @@ TABLES = {  # name: columns, each a title and a cell(pe), which returns None or 
         *((f"{part:.0%}, 50 epochs", measured("table7", fraction=part)) for part in (0.2, 0.4, 0.6, 0.8)),
         ("seeds", seeds("table7", fraction=0.2)),
     ],
-    "bearing": sizes("bearing"),
+    "bearing": accuracies("bearing", *sizes("bearing")),
     "bearing-shifts": shifts("bearing"),
     "corner-mean": corner("mean"),
     "corner-cls": corner("cls"),
