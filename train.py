@@ -13,6 +13,7 @@ continues it, also after a crash, and with any number of GPUs. On a CPU, the res
 
 import argparse
 import math
+import random
 import sys
 import time
 from functools import partial
@@ -174,7 +175,7 @@ def train(args):
 
     # The whole run: all of this is saved, and given back by --resume
     state = {"model": model, "optimizer": optimizer, "step": 0, "seconds": 0.0, "log": []}
-    state["totals"] = torch.zeros(4, device=device)  # this epoch's sums of steps, loss, correct and gradient norm
+    state["totals"] = torch.zeros(2, device=device)  # this epoch's sums of loss and accuracy
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     config["data_set"] = data.fingerprint
     if args.resume:
@@ -183,7 +184,7 @@ def train(args):
         write_json(args.out / "config.json", vars(args) | about)
 
     def save():
-        epoch_means(state)  # raises UserError if they are not finite
+        epoch_means(state, steps_per_epoch)  # raises UserError if the loss is not finite
         if RANK == 0:
             save_checkpoint(args.out, state, config, vit=vit_options, data=data_options)
 
@@ -212,7 +213,7 @@ def train(args):
                 if args.jitter or args.shift:
                     pos = noisy_positions(model, data.img_size // args.patch_size, args.jitter, args.shift)
                 reseed(args.seed, 1 + step, 1 + RANK)  # dropout differs between ranks, as their images do
-                totals = torch.zeros(2, device=device)  # loss, correct
+                totals = torch.zeros(2, device=device)  # loss, accuracy
                 micro_batches = zip(images.split(micro_batch), targets.split(micro_batch), strict=True)
                 for i, (x, y) in enumerate(micro_batches, 1):
                     ddp_model.require_backward_grad_sync = i == accumulation_steps  # DDP averages gradients once a step
@@ -225,18 +226,18 @@ def train(args):
                     totals += torch.stack([loss.detach(), correct])
 
                 # The optimizer
-                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
                     group["lr"] = learning_rate(args, peak, step, steps_per_epoch)
                 optimizer.step()
                 optimizer.zero_grad()
-                state["totals"] += torch.stack([torch.ones_like(norm), *all_reduce_sum(totals) / WORLD_SIZE, norm])
+                state["totals"] += all_reduce_sum(totals) / WORLD_SIZE
                 state["step"] = step + 1
 
                 # The progress bar and the checkpoint
                 bar.update(args.batch_size)
                 if RANK == 0 and ((since := time.perf_counter() - shown) > SHOW_SECONDS or step == 0):
-                    loss, correct = epoch_means(state)
+                    loss, correct = epoch_means(state, steps_per_epoch)
                     waiting = "" if args.workers is None else f", waiting for images {waited / since:.0%}"
                     bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, accuracy {correct:.1%}{waiting}")
                     shown, waited = time.perf_counter(), 0.0
@@ -246,11 +247,11 @@ def train(args):
                     last_save = time.perf_counter()
             else:
                 # The end of the epoch: test, and add a row to the log
-                loss, correct = epoch_means(state)
+                loss, correct = epoch_means(state, steps_per_epoch)
                 state["seconds"] += time.perf_counter() - start  # waiting for the GPU to finish training
                 test_accuracy = accuracy(model, stop.until(data.test_batches()), args.amp)
                 if stop.asked():
-                    continue
+                    continue  # --resume tests again
                 if math.isnan(test_accuracy):
                     raise UserError("no test image could be read: check --data-dir")
                 row = {
@@ -272,7 +273,7 @@ def train(args):
                 print(f"epoch {epoch + 1:3}   loss {loss:.3f}   {accuracies}   {row['seconds']:.0f} s")
                 shown, waited = time.perf_counter(), 0.0
 
-    if len(state["log"]) < args.epochs:
+    if stop.signal and len(state["log"]) < args.epochs:
         save()
         if RANK == 0:
             again = about["command"] + " --resume" * (not args.resume)
@@ -300,8 +301,11 @@ def train(args):
 
 
 def reseed(*key):
-    """Seed torch's generators with a key of integers >= 0."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    """Seed the generators of torch, numpy and Python with a key of integers >= 0."""
+    seed = np.random.SeedSequence(key)
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+    np.random.seed(seed.generate_state(4))
+    random.seed(seed.generate_state(4).tobytes())
 
 
 def make_optimizer(args, model):
@@ -325,16 +329,16 @@ def learning_rate(args, peak, step, steps_per_epoch):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (args.epochs * steps_per_epoch - warmup))) / 2
 
 
-def epoch_means(state):
-    """This epoch's mean loss and accuracy so far. Raises UserError if loss or gradient are not finite."""
-    steps, loss, correct, norm = state["totals"].tolist()
-    if not math.isfinite(loss + norm):
-        what = "the gradient" if math.isfinite(loss) else "the loss"
+def epoch_means(state, steps_per_epoch):
+    """This epoch's mean loss and accuracy so far. Raises UserError if the loss is not finite."""
+    steps = state["step"] - len(state["log"]) * steps_per_epoch
+    loss, correct = (x / max(steps, 1) for x in state["totals"].tolist())
+    if not math.isfinite(loss):
         why = "became NaN or infinite: try a lower --lr"
         if state["step"] == 1:
             why = "is NaN or infinite at the first step: change --pos-scale, --pe-options or the data"
-        raise UserError(f"{what} {why}", code=1)
-    return loss / max(steps, 1), correct / max(steps, 1)
+        raise UserError(f"the loss {why}", code=1)
+    return loss, correct
 
 
 if __name__ == "__main__":

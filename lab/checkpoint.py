@@ -55,8 +55,8 @@ def give_back(x, saved):
     elif hasattr(x, "load_state_dict"):
         x.load_state_dict(saved)
     elif isinstance(x, torch.Tensor):
-        if x.shape != saved.shape:
-            raise ValueError(f"its shape was {tuple(saved.shape)}, is {tuple(x.shape)}")
+        if (x.shape, x.dtype) != (saved.shape, saved.dtype):  # it was replaced during training
+            return saved.to(x.device)
         x.copy_(saved)
     elif isinstance(x, dict):
         new = {name: give_back(x[name], part) if name in x else part for name, part in saved.items()}
@@ -76,6 +76,7 @@ def restore_moments(optimizer, saved):
     does not say which tensors are moments: here, a name counts if most of its tensors have their parameter's shape.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     tensors = {}  # by name: parameter, and tensor
     for i, of_p in saved.items():
         for name, x in of_p.items() if i in range(len(parameters)) else ():
@@ -83,7 +84,7 @@ def restore_moments(optimizer, saved):
                 tensors.setdefault(name, []).append((parameters[i], x))
     for name, pairs in tensors.items():
         wrong = [x for p, x in pairs if x.shape != p.shape]
-        if 0 < len(wrong) < len(pairs) / 2:
+        if fused and 0 < len(wrong) < len(pairs) / 2:
             raise ValueError(f"{name} has the shape {tuple(wrong[0].shape)}, which is not its parameter's")
         for p, x in pairs:
             state = optimizer.state[p]

@@ -65,6 +65,10 @@ class Dataset:
     def load(self):
         """Read the data. Raises UserError."""
         (images, labels), (test_images, test_labels) = self.read()
+        for x, y in (images, labels), (test_images, test_labels):
+            if x.dtype != torch.uint8 or x.shape[:2] not in ((len(y), 1), (len(y), 3)):
+                found = f"images {tuple(x.shape)} {str(x.dtype)[6:]} and {len(y)} labels"
+                raise UserError(f"read() must return images (N, 3, S, S) uint8 and N labels, not {found}")
         least, most = torch.cat([labels, test_labels]).aminmax()
         if least < 0 or most >= self.num_classes:
             raise UserError(f"labels are {least} to {most}, but num_classes is {self.num_classes}")

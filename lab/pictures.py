@@ -37,9 +37,9 @@ def plot_curves(path, title, log):
         figure = Figure(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         epochs = [row["epoch"] for row in log]
-        left.plot(epochs, [row["train_loss"] for row in log], ".-", color=BLUE)
-        right.plot(epochs, [row["train_accuracy"] for row in log], ".-", color="#999999", label="train")
-        right.plot(epochs, [row["test_accuracy"] for row in log], ".-", color=RED, label="test")
+        left.plot(epochs, [row.get("train_loss") for row in log], ".-", color=BLUE)
+        right.plot(epochs, [row.get("train_accuracy") for row in log], ".-", color="#999999", label="train")
+        right.plot(epochs, [row.get("test_accuracy") for row in log], ".-", color=RED, label="test")
         for axes in left, right:
             axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))

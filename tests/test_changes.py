@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import random
 import re
 import shutil
 import subprocess
@@ -19,11 +20,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import train
-from lab.data import Dataset
+from lab.data import Bearing, Dataset
 from lab.datasets import DATASETS
 from lab.errors import UserError
+from lab.files import plain
 from lab.run import load_checkpoint, save_checkpoint
-from vit import ViT
+from rope_axial import AxialRoPE
+from vit import ENCODINGS, ViT
 
 pytestmark = pytest.mark.usefixtures("tiny_bearing")
 CHAPTER = (ROOT / "lab/README.md").read_text(encoding="utf-8").partition("## Change it\n")[2].partition("\n## ")[0]
@@ -48,15 +51,19 @@ assert train.main([*sys.argv[1:], "--out=cut", "--resume"]) == 0
 """
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_documented_change_resumes_to_the_same_bits(name):
+def copy_project():
     for path in *ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("lab/*.txt"):
         copy = Path(path.relative_to(ROOT))
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_documented_change_resumes_to_the_same_bits(name):
+    copy_project()
     subprocess.run(["git", "apply"], input=CHANGES[name], encoding="utf-8", check=True)
-    random = np.random.default_rng(0)
-    images, labels = random.integers(0, 256, (84, 3, 16, 16), dtype=np.uint8), random.integers(0, 10, 84)
+    draw = np.random.default_rng(0).integers
+    images, labels = draw(0, 256, (84, 3, 16, 16), dtype=np.uint8), draw(0, 10, 84)
     np.savez("digits.npz", images=images[:64], labels=labels[:64], test_images=images[64:], test_labels=labels[64:])
     if name == "A second loss":
         assert run("--out=teacher") == 0
@@ -103,6 +110,21 @@ class Empty(torch.optim.Optimizer):
                 p.sub_(p.grad.sign(), alpha=group["lr"] / group["count"])
 
 
+class Rows(torch.optim.Optimizer):
+    """A second moment for each row of a matrix, and for each entry of anything else (as in Adam-mini)."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                square = p.grad.square()
+                self.state[p]["v"] = v = square.mean(dim=1) if p.dim() == 2 else square
+                p.sub_(p.grad / (v.unsqueeze(-1) if p.dim() == 2 else v).add(1e-8).sqrt(), alpha=group["lr"])
+
+
 def muon(groups):
     """Its own optimizer takes matrices only."""
     ps = [p for group in groups for p in group["params"]]
@@ -112,7 +134,12 @@ def muon(groups):
 
 
 NAMES = "SGD", "Adagrad", "RMSprop", "Adafactor", "Adamax", "ASGD", "Rprop", "NAdam", "RAdam"
-OPTIMIZERS = {name: getattr(torch.optim, name) for name in NAMES} | {"Muon": muon, "Flat": Flat, "Empty": Empty}
+OPTIMIZERS = {name: getattr(torch.optim, name) for name in NAMES} | {
+    "Muon": muon,
+    "Flat": Flat,
+    "Empty": Empty,
+    "Rows": Rows,
+}
 OPTIMIZERS["momentum"] = partial(torch.optim.SGD, momentum=0.9)
 OPTIMIZERS["AMSGrad"] = partial(torch.optim.Adam, amsgrad=True)
 
@@ -239,6 +266,7 @@ NEW_FLAGS = {  # type, default, another value
     "--path": (Path, Path("a"), "b"),
     "--enum": (Colour.__getitem__, Colour.RED, "BLUE"),
     "--dataclass": (lambda text: Range(float(text)), Range(0.0), "1"),
+    "--set": (lambda text: set(text.split(",")), {1, 2}, "3,4"),
     "--tuple": (lambda text: tuple(text.split(",")), (1, 2), "3,4"),
     "--function": (partial(getattr, F), F.relu, "silu"),
     "--number": (np.float32, np.float32(1), "2"),
@@ -254,6 +282,10 @@ def test_flags_of_any_type_resume_and_are_compared(monkeypatch, capsys):
         assert run(f"--out={out}", "--resume", *flags) == 0
     line = bad(capsys, "--out=typed", "--resume")
     assert all(f"{name} was " in line for name in NEW_FLAGS)
+
+
+def test_a_set_is_compared_by_what_it_holds():
+    assert plain({"set": {"b", "c", "a"}, "path": Path("a")}) == {"set": ["a", "b", "c"], "path": "a"}
 
 
 def test_runs_older_than_a_flag_resume_and_say_its_value(monkeypatch, capsys):
@@ -279,13 +311,17 @@ def test_what_is_in_the_state_comes_back_in_place(tmp_path):
 
     saved, others = make()
     others[2].append({"loss": 2.0})
+    saved |= {"longer": torch.ones(3), "finer": torch.tensor(0.7)}  # which began as in loaded
     save_checkpoint(tmp_path, saved, CONFIG, vit={}, data={})
     loaded, found = make()
     tensor = loaded["tensor"]
+    loaded |= {"longer": torch.zeros(0), "finer": torch.tensor(0)}
     load_checkpoint(tmp_path, loaded, CONFIG)
     for a, b in zip(others[:2], found[:2], strict=True):
         assert_same(a.state_dict(), b.state_dict())
-    assert found[2] == others[2] and tensor is loaded["tensor"] and torch.equal(tensor, saved["tensor"])
+    assert found[2] == others[2] and tensor is loaded["tensor"]
+    for name in "tensor", "longer", "finer":
+        torch.testing.assert_close(loaded[name], saved[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +359,62 @@ def test_a_data_set_is_a_class_and_a_line(monkeypatch, capsys):
     assert weights("whole")["step"] == 3 * (90 // 16)
     monkeypatch.setattr(Squares, "num_classes", 2)
     assert "labels are 0 to 2, but num_classes is 2" in bad(capsys, "--dataset=squares", "--out=b")
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda x, y: (x / 255, y), "images (3, 3, 8, 8) float32 and 3 labels"),
+        (lambda x, y: (x.movedim(1, -1), y), "images (3, 8, 8, 3) uint8 and 3 labels"),
+        (lambda x, y: (x, y[:2]), "images (3, 3, 8, 8) uint8 and 2 labels"),
+    ],
+)
+def test_a_data_set_of_another_form_is_refused(change, found, monkeypatch, capsys):
+    train_set, test_set = Squares(".").read()
+    monkeypatch.setattr(Squares, "read", lambda self: (train_set, change(*test_set)))
+    monkeypatch.setitem(DATASETS, "squares", Squares)
+    line = bad(capsys, "--dataset=squares", "--out=a")
+    assert f"read() must return images (N, 3, S, S) uint8 and N labels, not {found}\n" in line
+
+
+def test_grey_images_are_shown_to_all_channels(monkeypatch):
+    train_set, test_set = Squares(".").read()
+    monkeypatch.setattr(Squares, "read", lambda self: tuple((x[:, :1], y) for x, y in (train_set, test_set)))
+    monkeypatch.setitem(DATASETS, "squares", Squares)
+    assert run("--dataset=squares", "--out=a") == 0
+
+
+def test_draws_from_numpy_and_python_resume_to_the_same_bits():
+    def flip_some(data, step):
+        data.flipped = np.random.rand() < 0.5, random.random() < 0.5
+
+    def flipped(data, images):
+        return images.flip([dim for dim, flip in zip((2, 3), data.flipped, strict=True) if flip])
+
+    normalise = Bearing.normalise
+    with pytest.MonkeyPatch.context() as patch, before(Bearing, "train_batch", flip_some):
+        patch.setattr(Bearing, "flipped", (False, False), raising=False)
+        patch.setattr(Bearing, "normalise", lambda data, images: normalise(data, flipped(data, images)))
+        assert_resumes_to_the_same_end()
+
+
+def test_an_option_that_the_vit_would_take_is_refused(monkeypatch, capsys):
+    class Dropped(AxialRoPE):
+        def __init__(self, head_dim, num_heads, *, dropout=0.0):
+            super().__init__(head_dim, num_heads)
+
+    monkeypatch.setitem(ENCODINGS, "dropped", Dropped)
+    assert "ViT has an option dropout, too" in bad(capsys, "--pe=dropped", "--out=a")
+
+
+def test_a_run_that_stops_early_has_a_result():
+    copy_project()
+    text, line = Path("train.py").read_text(encoding="utf-8"), '                state["totals"].zero_()\n'
+    assert text.count(line) == 1
+    Path("train.py").write_text(text.replace(line, line + "                break\n"), encoding="utf-8")
+    command = "import sys, train; from lab.data import Bearing; Bearing.train_size = 64; sys.exit(train.main())"
+    subprocess.run([sys.executable, "-c", command, *TINY, "--out=a"], check=True)
+    assert Path("a/result.json").exists()
 
 
 def test_a_recipe_is_shown_and_its_misspelt_flag_named(monkeypatch, capsys):
