@@ -259,6 +259,8 @@ class Reader:
                     pixels[len(labels)] = load(path, self.S, random if self.augment else None)
                     labels.append(int(self.labels[i]))
                     break
+                except MemoryError:
+                    raise
                 except Exception as e:  # a corrupt file can fail in any way
                     if getattr(e, "errno", None):  # the system's fault, not the image's: Pillow's errors have none
                         return f"cannot read {path} ({e.strerror}): fix that, then run again"

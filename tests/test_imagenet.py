@@ -471,6 +471,12 @@ def test_a_file_that_the_system_cannot_read_is_not_called_corrupt(root, skip_cor
     assert message == f"cannot read {root / FILES[-1]} (No such file or directory): fix that, then run again"
 
 
+def test_a_lack_of_memory_is_not_called_corrupt(root, monkeypatch):
+    monkeypatch.setattr(imagenet, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        make(root, skip_corrupt=True).train_batch(0)
+
+
 def test_one_good_image_is_enough_to_train_but_none_is_an_error_and_nothing_to_test(root):
     *bad, good = (root / file for file in FILES[:16])
     for path in *bad, *(root / file for file in FILES[16:]):
