@@ -1,7 +1,7 @@
 """Run the experiments behind lab/results/.
 
     python -m lab.experiments bearing bearing-corner        # on a CPU: minutes per run
-    python -m lab.experiments cifar100-small                # on a CPU: five to ten minutes per run
+    python -m lab.experiments cifar100-small                # on a CPU: three to eight minutes per run
     python -m lab.experiments cifar100-medium               # on a CPU: half an hour per run
     python -m lab.experiments table2 --minutes 25           # on a GPU: stops in time, and continues when called again
 

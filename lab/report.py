@@ -26,14 +26,14 @@ def main(argv=None):
 
 
 def mean_and_error(numbers, sign="", like=()):
-    """The mean over the seeds and its standard error, or that of samples like it (root mean square); None if empty."""
+    """The mean over the seeds and its standard error, from the mean variance of samples like it; None if empty."""
     if not numbers:
         return None
     mean = f"{statistics.mean(numbers):{sign}z.1f}"  # z: no -0.0
     if len(numbers) == 1:
         return mean
-    squared = statistics.mean(statistics.variance(x) / len(x) for x in like or [numbers] if len(x) > 1)
-    return f"{mean} ± {math.sqrt(squared):.1f}"
+    variance = statistics.mean(statistics.variance(x) for x in like or [numbers] if len(x) > 1)
+    return f"{mean} ± {math.sqrt(variance / len(numbers)):.1f}"
 
 
 def differences(of, to):

@@ -128,9 +128,9 @@ def test_what_contradicts_the_weights_gets_one_line(capsys):
 
 
 def test_an_encoding_that_left_the_table_can_only_be_replaced(capsys, monkeypatch):
-    assert run("--out=a", "--pe=axial", "--epochs=1") == 0
-    monkeypatch.delitem(ENCODINGS, "axial")
-    says = "a has --pe axial, which vit.py does not know"
+    assert run("--out=a", "--pe=comrope-ld", "--epochs=1") == 0
+    monkeypatch.delitem(ENCODINGS, "comrope-ld")  # the last: it returns to the end
+    says = "a has --pe comrope-ld, which vit.py does not know"
     assert says in complaint(capsys, train.main, *BARE, "--init=a", "--out=b")
     assert run("--init=a", "--out=b", "--pe=mixed", "--epochs=1") == 0
 
