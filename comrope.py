@@ -15,7 +15,7 @@ A token at p = (x, y) has its query and its key multiplied by
 
     R(p) = diag(exp(c_0 A_0), exp(c_1 A_1), ...)      A_j = P_j - P_j^T, P_j (b, b) learned for each head
 
-b is block_size. kind says what c_j is (theta is a factor here, not the base of frequencies, as in other encodings):
+b is block_size. kind says what c_j is (theta is a factor here; in other encodings, it is the base of frequencies):
 
     ld    linearly dependent: c_j = theta_xj x + theta_yj y, theta learned and shared by the heads
     ap    axial partition: c_0 = x, c_1 = y, c_2 = x, and so on
