@@ -175,7 +175,7 @@ def train(args):
 
     # The whole run: all of this is saved, and given back by --resume
     state = {"model": model, "optimizer": optimizer, "step": 0, "seconds": 0.0, "log": []}
-    state["totals"] = torch.zeros(2, device=device)  # this epoch's sums of loss and accuracy
+    state["sums"] = torch.zeros(2, device=device)  # this epoch's sums of loss and accuracy
     config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     config["data_set"] = data.fingerprint
     if args.resume:
@@ -231,7 +231,7 @@ def train(args):
                     group["lr"] = learning_rate(args, peak, step, steps_per_epoch)
                 optimizer.step()
                 optimizer.zero_grad()
-                state["totals"] += all_reduce_sum(totals) / WORLD_SIZE
+                state["sums"] += all_reduce_sum(totals) / WORLD_SIZE
                 state["step"] = step + 1
 
                 # The progress bar and the checkpoint
@@ -263,7 +263,7 @@ def train(args):
                     "seconds": round(state["seconds"], 2),
                 }
                 state["log"].append(row)
-                state["totals"].zero_()
+                state["sums"].zero_()
                 if RANK == 0:
                     write_csv(args.out / "log.csv", state["log"])
                 if epoch + 1 in (1, args.epochs):
@@ -332,7 +332,7 @@ def learning_rate(args, peak, step, steps_per_epoch):
 def epoch_means(state, steps_per_epoch):
     """This epoch's mean loss and accuracy so far. Raises UserError if the loss is not finite."""
     steps = state["step"] - len(state["log"]) * steps_per_epoch
-    loss, correct = (x / max(steps, 1) for x in state["totals"].tolist())
+    loss, correct = (x / max(steps, 1) for x in state["sums"].tolist())
     if not math.isfinite(loss):
         why = "became NaN or infinite: try a lower --lr"
         if state["step"] == 1:

@@ -111,7 +111,7 @@ class ViT(nn.Module):
         known = signature(make_rope).parameters.keys() if make_rope else set()
         if taken := sorted(known & signature(ViT).parameters.keys() - {"num_heads", "head_dim"}):
             raise ValueError(f"ViT has an option {taken[0]}, too, and would take it for itself: rename that of {pe}")
-        if "grid" in known:  # Mixed RoPE's start per patch
+        if "grid" in known:  # for initial frequencies per patch
             pe_options = {"grid": self.grid if pos_unit == "image" else None} | pe_options
         options = {"mlp_ratio": mlp_ratio, "dropout": dropout, "drop_path": drop_path, "layer_scale": layer_scale}
         self.blocks = nn.ModuleList(

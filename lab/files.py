@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+from collections.abc import Set
 from contextlib import contextmanager, suppress
 
 try:
@@ -65,7 +66,7 @@ def plain(x):
     if isinstance(x, dict):
         return {name: plain(part) for name, part in x.items()}
     try:
-        return json.loads(json.dumps(x, default=lambda x: sorted(x) if isinstance(x, set) else os.fspath(x)))
+        return json.loads(json.dumps(x, default=lambda x: sorted(x) if isinstance(x, Set) else os.fspath(x)))
     except TypeError:
         return re.sub(" at 0x[0-9a-f]+", "", repr(x))
 

@@ -259,7 +259,7 @@ class Reader:
                     pixels[len(labels)] = load(path, self.S, random if self.augment else None)
                     labels.append(int(self.labels[i]))
                     break
-                except MemoryError:
+                except MemoryError:  # not the file's fault
                     raise
                 except Exception as e:  # a corrupt file can fail in any way
                     if getattr(e, "errno", None):  # the system's fault, not the image's: Pillow's errors have none

@@ -285,7 +285,8 @@ def test_flags_of_any_type_resume_and_are_compared(monkeypatch, capsys):
 
 
 def test_a_set_is_compared_by_what_it_holds():
-    assert plain({"set": {"b", "c", "a"}, "path": Path("a")}) == {"set": ["a", "b", "c"], "path": "a"}
+    sets = {"set": {"b", "c", "a"}, "frozen": frozenset("bca")}
+    assert plain(sets | {"path": Path("a")}) == {"set": [*"abc"], "frozen": [*"abc"], "path": "a"}
 
 
 def test_runs_older_than_a_flag_resume_and_say_its_value(monkeypatch, capsys):
@@ -409,7 +410,7 @@ def test_an_option_that_the_vit_would_take_is_refused(monkeypatch, capsys):
 
 def test_a_run_that_stops_early_has_a_result():
     copy_project()
-    text, line = Path("train.py").read_text(encoding="utf-8"), '                state["totals"].zero_()\n'
+    text, line = Path("train.py").read_text(encoding="utf-8"), '                state["sums"].zero_()\n'
     assert text.count(line) == 1
     Path("train.py").write_text(text.replace(line, line + "                break\n"), encoding="utf-8")
     command = "import sys, train; from lab.data import Bearing; Bearing.train_size = 64; sys.exit(train.main())"
